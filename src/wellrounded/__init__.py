@@ -1,0 +1,3 @@
+"""LLM weights, well rounded."""
+
+__version__ = "0.1.0"

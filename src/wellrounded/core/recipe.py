@@ -1,0 +1,50 @@
+"""Which scheme each layer gets: an ordered list of patterns, the first match wins."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from ..errors import UsageError
+from .scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Layers whose full name matches `pattern` from its start (`re.match`) get `scheme`; None keeps them dense."""
+
+    pattern: str
+    scheme: Scheme | None
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile(self.pattern)
+        except re.error as error:
+            raise UsageError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`scheme` for every layer, unless one of `rules` says otherwise.
+
+    >>> recipe = Recipe(Scheme(bits=4), (Rule(r".*down_proj", Scheme(bits=8)), Rule(r".*router", None)))
+    >>> recipe.scheme_of("model.layers.0.mlp.down_proj").bits
+    8
+    >>> recipe.scheme_of("model.layers.0.mlp.router") is None
+    True
+    """
+
+    scheme: Scheme
+    rules: tuple[Rule, ...] = ()
+
+    def scheme_of(self, name: str) -> Scheme | None:
+        """The scheme of the layer with this full name, or None if it stays dense."""
+        for rule in self.rules:
+            if re.match(rule.pattern, name):
+                return rule.scheme
+        return self.scheme
+
+    @classmethod
+    def ignoring(cls, scheme: Scheme, patterns: list[str]) -> Recipe:
+        """A recipe that keeps every layer dense in which one of `patterns` is found anywhere (`re.search`)."""
+        return cls(scheme, tuple(Rule(f".*(?:{pattern})", None) for pattern in patterns))
