@@ -1,3 +1,54 @@
-"""LLM weights, well rounded."""
+"""LLM weights, well rounded.
+
+    import wellrounded as wr
+    report = wr.quantize("MODEL", "out", bits=4)
+    model = wr.load("out")
+
+Importing costs nothing and changes nothing: torch and transformers are imported when something is first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+_HOMES = {
+    "quantize": "api",
+    "evaluate": "api",
+    "load": "hf.load",
+    "register": "hf.quantizer",
+    "unregister": "hf.quantizer",
+    "parse": "calibration",
+    "Scheme": "core.scheme",
+    "Recipe": "core.recipe",
+    "Rule": "core.recipe",
+    "Settings": "core.gptq",
+    "WellRoundedError": "errors",
+    "UsageError": "errors",
+    "CheckpointError": "errors",
+    "NumericsError": "errors",
+}
+
+__all__ = ["__version__", *_HOMES]
+
+if TYPE_CHECKING:
+    from .api import evaluate, quantize
+    from .calibration import parse
+    from .core.gptq import Settings
+    from .core.recipe import Recipe, Rule
+    from .core.scheme import Scheme
+    from .errors import CheckpointError, NumericsError, UsageError, WellRoundedError
+    from .hf.load import load
+    from .hf.quantizer import register, unregister
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOMES[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,73 @@
+"""Kernels: ways to multiply by a quantized weight, in order of preference, each stating its own limits.
+
+A kernel is a module with a NAME and two functions. `refuses(need)` is None, or one sentence that says why it cannot
+serve; `prepare(weight, need)` turns a QuantizedWeight into the kernel's own layout and returns the `Matmul`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from ..core.scheme import Scheme
+from ..core.weight import QuantizedWeight
+from ..errors import UsageError
+
+Dense = Callable[[torch.dtype], torch.Tensor]  # the dequantized weight [out, in], made on demand
+
+
+class Matmul(Protocol):
+    """`x` [..., in] times the weight's transpose: [..., out], in the dtype of `x`."""
+
+    def __call__(self, x: torch.Tensor, dense: Dense) -> torch.Tensor: ...
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a layer asks of a kernel: its storage, its shape, and where and in which dtype it will run."""
+
+    scheme: Scheme
+    in_features: int
+    out_features: int
+    device: str
+    dtype: torch.dtype
+
+
+class Kernel(Protocol):
+    """A module of this package; see the package's own description."""
+
+    NAME: str
+
+    def refuses(self, need: Need) -> str | None: ...
+
+    def prepare(self, weight: QuantizedWeight, need: Need) -> Matmul: ...
+
+
+def table() -> list[Kernel]:
+    """Every kernel, the preferred ones first; the last one never refuses."""
+    from . import reference, torch_int4
+
+    return [torch_int4, reference]  # type: ignore[list-item]
+
+
+def select(need: Need, name: str | None = None) -> Kernel:
+    """The first kernel that does not refuse, or the named one.
+
+    Raises UsageError with the kernel's own sentence if the named one refuses, or with all names if there is none such.
+    """
+    if name is None:
+        return next(kernel for kernel in table() if kernel.refuses(need) is None)
+    named = [kernel for kernel in table() if name == kernel.NAME]
+    if not named:
+        raise UsageError(f"no kernel is called {name!r}; there are {', '.join(k.NAME for k in table())}")
+    if reason := named[0].refuses(need):
+        raise UsageError(f"kernel {name!r} was asked for, but {reason}; leave the choice to wellrounded")
+    return named[0]
+
+
+def explain(need: Need) -> list[tuple[str, str | None]]:
+    """(name, refusal or None) of every kernel, in order of preference: why a layer runs on what it runs on."""
+    return [(kernel.NAME, kernel.refuses(need)) for kernel in table()]

@@ -1,0 +1,1 @@
+"""Any decoder as a chain of blocks, found by structure: no architecture is named anywhere in here."""

@@ -1,0 +1,129 @@
+"""The two verbs of the package, for Python code: quantize and evaluate. The command line calls the same functions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from . import __version__
+from . import calibration as data
+from . import evaluate as evaluation
+from .checkpoint import Source, Writer
+from .core.gptq import Settings
+from .core.recipe import Recipe
+from .core.scheme import Scheme, default_group_size
+from .errors import UsageError
+from .model import blocks as layers_of
+from .pipeline import Progress, Run
+from .report import Report
+
+NONE = "none"  # calibration="none": plain rounding, in seconds
+
+
+def quantize(
+    model: Any,
+    out: str | Path,
+    *,
+    bits: int = 4,
+    group_size: int | None = None,
+    sym: bool = True,
+    act_order: bool = False,
+    calibration: Any = None,
+    samples: int = 128,
+    length: int = 512,
+    seed: int = 0,
+    ignore: Sequence[str] = (),
+    recipe: Recipe | None = None,
+    settings: Settings | None = None,
+    tokenizer: Any = None,
+    device: str = "auto",
+    force: bool = False,
+    fresh: bool = False,
+    trust_remote_code: bool = False,
+    progress: Callable[[Progress], None] = lambda progress: None,
+) -> Report:
+    """Quantize `model` into the directory `out`, which is complete when this returns, and say how good the result is.
+
+    model        a hub id, a directory, a .gguf file, or a transformers model in memory (left untouched)
+    group_size   columns that share a scale; by default 128 if it divides every layer's inputs, else 64, else 32
+    calibration  a data set's name, a path, texts, chats, token ids, or several `wr.parse(...)`; by default text that
+                 comes with Python; "none" rounds plainly, without data
+    samples, length, seed   how many windows of how many tokens
+    ignore       regular expressions; a linear layer in whose name one is found stays dense
+    recipe       schemes layer by layer, instead of bits, group_size, sym, act_order and ignore
+    force        replace `out` if it exists;  fresh: start over instead of going on with an unfinished run
+
+    Raises UsageError for a request that cannot be carried out, NumericsError for NaN or Inf in weights or
+    activations (naming the layer), CheckpointError for damaged files or a full disk. Finished blocks are kept.
+    """
+    from .hf.source import open_source
+
+    out = Path(out).expanduser()
+    Writer.check(out, force)
+    if recipe is None:
+        Scheme(bits, group_size if group_size is not None else 128, sym, act_order)  # a wrong value is said at once
+    source = open_source(model, tokenizer, trust_remote_code)
+    if recipe is None:
+        recipe = _recipe(source, bits, group_size, sym, act_order, list(ignore))
+    gathered = None
+    if not (isinstance(calibration, str) and calibration == NONE):
+        vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
+        gathered = data.gather(calibration, source.tokenizer, samples, length, seed, vocab_size=vocabulary)
+    run = Run(source, recipe, gathered, settings or Settings(), _device(device))
+    writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
+    return run.write(writer, progress)
+
+
+def evaluate(
+    model: Any, text: str, *, against: Any = None, length: int = 1024, windows: int | None = None,
+    tokenizer: Any = None, trust_remote_code: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Any]:
+    """Perplexity of a model on `text`, and with `against` (its original) KL, top-1 agreement and both perplexities.
+
+    Models are directories, hub ids, .gguf files or transformers models. The text is cut into consecutive windows of
+    `length` tokens, of which the first `windows` are used.
+    """
+    from .hf.load import load_with_tokenizer
+
+    if isinstance(model, (str, Path)):
+        model, own = load_with_tokenizer(model, trust_remote_code=trust_remote_code)
+        tokenizer = tokenizer or own
+    if tokenizer is None:
+        raise UsageError("the model has no tokenizer; pass one")
+    if isinstance(against, (str, Path)):
+        against, _ = load_with_tokenizer(against, trust_remote_code=trust_remote_code)
+    ids = data.tokenize(tokenizer, text)
+    return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress)
+
+
+def _recipe(
+    source: Source, bits: int, group_size: int | None, sym: bool, act_order: bool, ignore: list[str]
+) -> Recipe:
+    probe = Recipe.ignoring(Scheme(bits, -1, sym, act_order), ignore)
+    inputs = []
+    for block in layers_of.find_blocks(source.model):
+        for name, layer in layers_of.linears(source.model.get_submodule(block)).items():
+            if probe.scheme_of(f"{block}.{name}") is not None:
+                inputs.append(layers_of.shape_of(layer)[1])
+    if group_size is None:
+        group_size = default_group_size(inputs)
+    elif inputs and group_size > max(inputs):
+        raise UsageError(
+            f"group_size={group_size} was asked for, but the widest layer has {max(inputs)} inputs; use "
+            f"{default_group_size(inputs)}, or -1 for one group per output"
+        )
+    return Recipe.ignoring(Scheme(bits, group_size, sym, act_order), ignore)
+
+
+def _device(name: str) -> str:
+    import torch
+
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} was asked for: {str(error).splitlines()[0]}") from None
+    return name

@@ -1,0 +1,11 @@
+"""Calibration data: what the user names becomes token windows, and a part kept apart to prove the result on.
+
+`gather` is the door. Behind it: `sources` reads data sets, files and lists into rows, `rows` turns rows into tokens,
+`windows` cuts tokens, `builtin` is the text used when nothing is named.
+"""
+
+from .mixture import Calibration, SourceUse, gather
+from .sources import KNOWN, Source, parse
+from .windows import Windows
+
+__all__ = ["KNOWN", "Calibration", "Source", "SourceUse", "Windows", "gather", "parse"]

@@ -1,0 +1,128 @@
+"""Token windows: cut from a stream of tokens without padding, or taken from rows whose bounds somebody chose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+FEWEST_ROWS_TO_HOLD_OUT = 8  # below this, a row is worth more in calibration than as proof
+
+
+class Row(NamedTuple):
+    """One row of token ids, int64 [length]; `mask`, bool [length], is False where the row is only padding."""
+
+    ids: Tensor
+    mask: Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count: all of them, less the padding."""
+        return len(self.ids) if self.mask is None else int(self.mask.sum())
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Token ids, int64 [n, length]; `mask`, bool [n, length], is False at padding, None when nothing is padded.
+
+    >>> windows = Windows(torch.arange(6).reshape(3, 2))
+    >>> [batch.ids.tolist() for batch in windows.batches(2)]
+    [[[0, 1], [2, 3]], [[4, 5]]]
+    """
+
+    ids: Tensor
+    mask: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.ids.shape[0]
+
+    def __getitem__(self, index: slice | Tensor) -> Windows:
+        """The windows chosen by a slice, by positions or by a boolean choice: always `Windows`, never one row."""
+        return Windows(self.ids[index], None if self.mask is None else self.mask[index])
+
+    @property
+    def length(self) -> int:
+        """Tokens per window, padding included."""
+        return self.ids.shape[1]
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that count: all of them, less the padding."""
+        return self.ids.numel() if self.mask is None else int(self.mask.sum())
+
+    def batches(self, size: int) -> Iterator[Windows]:
+        """Consecutive windows, `size` at a time; the last batch holds what is left."""
+        return (self[start : start + size] for start in range(0, len(self), size))
+
+
+def cut(stream: Tensor, length: int, samples: int, held_out: int) -> tuple[Windows, Windows]:
+    """Windows spread evenly over a stream, never overlapping; its tail is reserved first, for the held-out windows.
+
+    At most a tenth of the stream is reserved, but one window of it as soon as there are three. A stream of fewer than
+    `samples` windows gives all it has, back to back.
+    """
+    reserved = min(held_out, len(stream) // 10 // length)
+    if held_out and not reserved and len(stream) >= 3 * length:
+        reserved = 1
+    end = len(stream) - reserved * length
+    count = min(samples, end // length)
+    step = max(length, (end - length) // count)
+    windows = stream[: (count - 1) * step + length].unfold(0, length, step).clone()
+    return Windows(windows), Windows(stream[end:].reshape(reserved, length).clone())
+
+
+def pick(rows: Sequence[Row], length: int, samples: int, held_out: int) -> tuple[Windows, Windows]:
+    """Whole rows spread evenly over those given; every k-th row is reserved first, for the held-out windows."""
+    windows = stack([fit(row, length) for row in rows])
+    total = len(windows)
+    reserved = min(held_out, max(1, total // 10)) if total >= FEWEST_ROWS_TO_HOLD_OUT else 0
+    position = torch.arange(total)
+    is_held = torch.zeros(total, dtype=torch.bool)
+    if reserved:
+        every = total // reserved
+        is_held = (position % every == every - 1) & (position < reserved * every)
+    left = position[~is_held]
+    count = min(samples, len(left))
+    return windows[left[torch.arange(count) * len(left) // count]], windows[is_held]
+
+
+def fit(row: Row, length: int) -> Row:
+    """The row itself if it is short enough; else its first `length` tokens, not counting padding on either side."""
+    if len(row.ids) <= length:
+        return row
+    if row.mask is None:
+        return Row(row.ids[:length])
+    real = row.mask.nonzero()
+    start = int(real[0])
+    end = min(int(real[-1]) + 1, start + length)
+    return Row(row.ids[start:end], row.mask[start:end])
+
+
+def stack(rows: Sequence[Row]) -> Windows:
+    """Rows padded with id 0 to the longest of them, each on the side where it already is; no mask if none is padded."""
+    width = max(len(row.ids) for row in rows)
+    ids, masks = [], []
+    for row in rows:
+        mask = torch.ones_like(row.ids, dtype=torch.bool) if row.mask is None else row.mask
+        gap = width - len(row.ids)
+        sides = (0, gap) if mask[0] else (gap, 0)
+        ids.append(pad(row.ids, sides))
+        masks.append(pad(mask, sides))
+    return _without_idle_mask(torch.stack(ids), torch.stack(masks))
+
+
+def join(parts: Sequence[Windows]) -> Windows:
+    """All windows of several sources in one; narrower ones are padded on the right to the widest."""
+    width = max(part.length for part in parts)
+    ids = [pad(part.ids, (0, width - part.length)) for part in parts]
+    masks = [torch.ones_like(part.ids, dtype=torch.bool) if part.mask is None else part.mask for part in parts]
+    masks = [pad(mask, (0, width - mask.shape[1])) for mask in masks]
+    return _without_idle_mask(torch.cat(ids), torch.cat(masks))
+
+
+def _without_idle_mask(ids: Tensor, mask: Tensor) -> Windows:
+    return Windows(ids, None if bool(mask.all()) else mask)

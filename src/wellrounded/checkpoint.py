@@ -1,0 +1,298 @@
+"""Safetensors on disk: read by name, written block by block, finished in one atomic step.
+
+While a run goes on, everything lies in `OUT.partial`, whose journal lists the finished parts; `OUT` itself appears
+(or is replaced) only when it is complete. A run that was stopped goes on from the journal.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .errors import CheckpointError, UsageError
+
+SHARD_BYTES = 4 * 2**30
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
+
+
+@dataclass
+class Source:
+    """A dense model about to be quantized: where its tensors come from and what belongs beside them.
+
+    model        the architecture; parameters on the meta device, buffers computed
+    read         a tensor by its name in the model, or None
+    stored_name  the name a tensor of the model has in the source's own files
+    extras       tensors of the source that the model does not have (speculative heads, say), by stored name
+    config       config.json as a dict
+    write_files  puts every non-weight file of the source into a directory
+    bytes        size of the source's tensors
+    fingerprint  changes when the source's tensors do
+    """
+
+    label: str
+    model: torch.nn.Module
+    read: Callable[[str], torch.Tensor | None]
+    stored_name: Callable[[str], str]
+    extras: dict[str, Callable[[], torch.Tensor]]
+    config: dict[str, Any]
+    write_files: Callable[[Path], None]
+    bytes: int
+    fingerprint: str
+    tokenizer: Any = None
+
+
+class Reader:
+    """Tensors of a directory's safetensors files by name; headers are read and checked when it is opened.
+
+    Raises CheckpointError naming the file for a missing, truncated or corrupt shard, UsageError for a directory
+    whose weights are in another format.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.places: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.bytes = 0
+        for path in _weight_files(directory):
+            header, start = read_header(path)
+            for name, entry in header.items():
+                self.places[name] = path
+                self.shapes[name] = tuple(entry["shape"])
+            self.bytes += path.stat().st_size - start
+
+    def read(self, name: str) -> torch.Tensor:
+        """The tensor of this name; the file is opened for this read alone, so that its pages can be dropped."""
+        with safe_open(self.places[name], framework="pt") as file:
+            return file.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """Names, sizes and modification times of the files."""
+        files = sorted(set(self.places.values()))
+        return " ".join(f"{f.name}:{f.stat().st_size}:{f.stat().st_mtime_ns}" for f in files)
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError) as error:
+            raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
+        missing = [name for name in names if not (directory / name).exists()]
+        if missing:
+            raise CheckpointError(f"{directory}: {index.name} names {missing[0]}, which is not there; "
+                                  f"{len(missing)} of {len(names)} shards are missing, download them again")
+        return [directory / name for name in names]
+    single = directory / "model.safetensors"
+    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    if not files:
+        others = [f.name for f in directory.iterdir() if f.suffix in WEIGHT_SUFFIXES] if directory.is_dir() else []
+        seen = f"only {', '.join(sorted(others)[:3])}" if others else "no weights at all"
+        raise UsageError(f"{directory}: weights are read from safetensors (or .gguf) files only, and there are "
+                         f"{seen}; convert them with transformers' save_pretrained first")
+    return files
+
+
+def read_header(path: Path) -> tuple[dict[str, dict], int]:
+    """A safetensors file's entries by name, and where its data begins; CheckpointError unless the file is whole."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > size - 8:
+                raise CheckpointError(f"{path}: truncated or not safetensors ({size:,} bytes); download it again")
+            header = json.loads(file.read(length))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it again") from None
+    header.pop("__metadata__", None)
+    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    if size != expected:
+        raise CheckpointError(f"{path}: {size:,} bytes, its header promises {expected:,}; download it again")
+    return header, 8 + length
+
+
+@dataclass
+class Writer:
+    """Builds a checkpoint in `OUT.partial` part by part, then turns it into `OUT`.
+
+    `request` is what the run was asked for; a partial directory left by a different request is not continued.
+    """
+
+    out: Path
+    request: dict[str, Any]
+    force: bool = False
+    fresh: bool = False
+    finished: dict[str, Any] = field(default_factory=dict)  # part name -> what the run noted when it was written
+
+    def __post_init__(self) -> None:
+        self.partial = self.out.with_name(self.out.name + ".partial")
+        self.journal = self.partial / "journal.jsonl"
+        self.check(self.out, self.force)
+        if self.fresh and self.partial.exists():
+            shutil.rmtree(self.partial)
+        if self.journal.exists():
+            self._resume()
+            return
+        if self.partial.exists() and any(self.partial.iterdir()):
+            raise UsageError(f"{self.partial} is in the way and is not from an earlier run; move it elsewhere")
+        with _writing(self.partial):
+            self.partial.mkdir(parents=True, exist_ok=True)
+            self._note({"request": self.request, "what": "unfinished; run the same command again to go on"})
+
+    @staticmethod
+    def check(out: Path, force: bool) -> None:
+        """Raises UsageError if `out` cannot become the result; cheap, so that it can be asked before any work."""
+        if out.exists() and not out.is_dir():
+            raise UsageError(f"{out} is a file; name a directory for the result")
+        if out.is_dir() and any(out.iterdir()) and not force:
+            raise UsageError(f"{out} exists and is not empty; choose another directory or pass --force")
+        home = next(parent for parent in out.absolute().parents if parent.exists())
+        if not os.access(home, os.W_OK):
+            raise UsageError(f"{out}: no permission to write in {home}; choose another directory")
+
+    def _resume(self) -> None:
+        lines = [json.loads(line) for line in self.journal.read_text().splitlines() if _is_json(line)]
+        before = lines[0]["request"] if lines else {}
+        differing = [key for key in {**before, **self.request} if before.get(key) != self.request.get(key)]
+        if differing:
+            details = "; ".join(f"{key}: was {before.get(key)!r}, now {self.request.get(key)!r}" for key in differing)
+            raise UsageError(f"{self.partial} holds an unfinished run of another request ({details}); "
+                             "pass --fresh to start over")
+        self.finished = {line["part"]: line["notes"] for line in lines[1:]}
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        with self.journal.open("a") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def path_of(self, part: str) -> Path:
+        return self.partial / f"{part}.part"
+
+    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
+        """Write one part and note it in the journal: from here on it is not lost."""
+        path = self.path_of(part)
+        scratch = path.with_suffix(".writing")
+        with _writing(path):
+            save_file(_separate(tensors), scratch, metadata={"format": "pt"})
+            with scratch.open("rb+") as file:
+                os.fsync(file.fileno())
+            scratch.replace(path)
+            self._note({"part": part, "notes": notes})
+        self.finished[part] = notes
+
+    def read_part(self, part: str) -> dict[str, torch.Tensor]:
+        """The tensors of a finished part."""
+        with safe_open(self.path_of(part), framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+    def finish(self, parts: Iterable[str], write_rest: Callable[[Path], None]) -> Path:
+        """Join the parts into shards, write everything else with `write_rest(directory)`, and move it all to OUT."""
+        ready = self.partial / "ready"
+        with _writing(ready):
+            if ready.exists():
+                shutil.rmtree(ready)
+            ready.mkdir()
+            join([self.path_of(part) for part in parts], ready)
+            write_rest(ready)
+            old = self.out.with_name(self.out.name + ".replaced")
+            if self.out.exists():
+                self.out.rename(old)
+            ready.rename(self.out)
+            shutil.rmtree(old, ignore_errors=True)
+            shutil.rmtree(self.partial)
+        return self.out
+
+
+def join(parts: list[Path], directory: Path) -> None:
+    """Concatenate safetensors files into model shards of at most SHARD_BYTES and an index, copying bytes as they are."""
+    headers = [read_header(part) for part in parts]
+    shards: list[list[int]] = [[]]
+    filled = 0
+    for i, part in enumerate(parts):
+        size = part.stat().st_size
+        if shards[-1] and filled + size > SHARD_BYTES:
+            shards.append([])
+            filled = 0
+        shards[-1].append(i)
+        filled += size
+    total, weight_map = 0, {}
+    for number, members in enumerate(shards, 1):
+        many = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
+        name = f"model{many}.safetensors"
+        merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        offset = 0
+        for i in members:
+            for tensor, entry in headers[i][0].items():
+                begin, end = entry["data_offsets"]
+                merged[tensor] = {**entry, "data_offsets": [begin + offset, end + offset]}
+                weight_map[tensor] = name
+            offset += parts[i].stat().st_size - headers[i][1]
+        head = json.dumps(merged, separators=(",", ":")).encode()
+        head += b" " * (-len(head) % 8)
+        with (directory / name).open("wb") as out:
+            out.write(len(head).to_bytes(8, "little") + head)
+            for i in members:
+                with parts[i].open("rb") as part_file:
+                    part_file.seek(headers[i][1])
+                    shutil.copyfileobj(part_file, out, 2**22)
+            out.flush()
+            os.fsync(out.fileno())
+        total += offset
+    if len(shards) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy every file of a model directory that holds no weights, subdirectories included."""
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        place = target / (inside if inside.name != "README.md" else inside.with_name("README.source.md"))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
+
+
+@contextmanager
+def _writing(path: Path):
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        raise CheckpointError(
+            f"writing {path}: {error} ({free / 2**20:,.0f} MiB free); finished blocks are kept, make room or fix "
+            "the permissions and run the same command again"
+        ) from None
+
+
+def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors, contiguous, none sharing memory with another (siblings share one group index)."""
+    seen: set[int] = set()
+    out = {}
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().contiguous()
+        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
+        seen.add(out[name].data_ptr())
+    return out
+
+
+def _is_json(line: str) -> bool:
+    # The last line of a journal may have been cut off by a crash; its part simply does not count as finished.
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True

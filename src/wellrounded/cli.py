@@ -1,0 +1,125 @@
+"""The command line: one verb per module of `commands`, imported only when it is used."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from importlib import import_module
+from typing import Any
+
+from . import __version__
+from .errors import WellRoundedError
+
+EPILOG = """exit codes: 0 good, 1 failed, 2 wrong usage, 3 finished but the result failed its own check
+with --json, standard output holds one JSON object and nothing else; progress goes to standard error"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code; every error the package raises ends as one sentence."""
+    args = parser().parse_args(argv)
+    try:
+        return import_module(f".commands.{args.command}", __package__).run(args)
+    except WellRoundedError as error:
+        print(f"wellrounded {args.command}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print(f"\nwellrounded {args.command}: stopped. {args.when_stopped}", file=sys.stderr)
+        return 1
+    except BrokenPipeError:  # the reader of our output (head, less) has gone
+        sys.stderr.close()
+        return 1
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option of every command."""
+    top = argparse.ArgumentParser(
+        "wellrounded", description="Turn a language model into a few-bit GPTQ checkpoint, prove that it is good, run it.",
+        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"wellrounded {__version__}")
+    verbs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    _quantize(verbs)
+    _eval(verbs)
+    _chat(verbs)
+    _inspect(verbs)
+    doctor = _verb(verbs, "doctor", "say what is installed and which kernels run here")
+    doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
+    return top
+
+
+def _verb(verbs: Any, name: str, does: str, when_stopped: str = "") -> argparse.ArgumentParser:
+    verb = verbs.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".", epilog=EPILOG,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    verb.set_defaults(when_stopped=when_stopped)
+    return verb
+
+
+def _model(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument("model", metavar="MODEL", help="a hub id, a directory, or a .gguf file")
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
+
+
+def _quantize(verbs: Any) -> None:
+    verb = _verb(verbs, "quantize", "quantize a model to 2, 3, 4 or 8 bits",
+                 "Finished blocks are kept; the same command goes on where it stopped.")
+    _model(verb)
+    verb.add_argument("-o", "--out", required=True, metavar="OUT", help="directory for the result")
+    scheme = verb.add_argument_group("what is stored")
+    scheme.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: 4)")
+    scheme.add_argument("--group-size", type=int, metavar="N",
+                        help="weights that share a scale, -1 for all of an output "
+                             "(default: the largest of 128, 64, 32 that divides every layer)")
+    symmetry = scheme.add_mutually_exclusive_group()
+    symmetry.add_argument("--sym", dest="sym", action="store_true", default=True, help="no zero points (default)")
+    symmetry.add_argument("--asym", dest="sym", action="store_false", help="integer zero points; fewer engines load it")
+    scheme.add_argument("--act-order", action="store_true", help="store an activation order (desc_act); few engines load it")
+    scheme.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
+                        help="keep layers dense in whose name this regular expression is found (repeatable)")
+    data = verb.add_argument_group("calibration")
+    data.add_argument("--calibration", action="append", metavar="SPEC",
+                      help="wikitext2, c4, ultrachat, pile, builtin, a hub data set, a .txt, .jsonl or .parquet file, "
+                           "NAME:split:num, or none for plain rounding (repeatable; default: builtin)")
+    data.add_argument("--samples", type=int, default=128, metavar="N", help="windows (default: 128)")
+    data.add_argument("--length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    data.add_argument("--seed", type=int, default=0, metavar="N", help="order of mixed sources (default: 0)")
+    run = verb.add_argument_group("the run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    run.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an unfinished run (what happens anyway)")
+    again.add_argument("--fresh", action="store_true", help="start over instead of going on with an unfinished run")
+    run.add_argument("--json", action="store_true", help="print the report as one JSON object on standard output")
+
+
+def _eval(verbs: Any) -> None:
+    verb = _verb(verbs, "eval", "measure perplexity, and the distance to the original")
+    _model(verb)
+    verb.add_argument("--against", metavar="ORIGINAL", help="the original: adds KL, top-1 agreement, its perplexity")
+    verb.add_argument("--text", action="append", metavar="FILE", help="text to evaluate on (repeatable; default: builtin)")
+    verb.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    verb.add_argument("--windows", type=int, metavar="N", help="use the first N windows (default: all, 16 of builtin)")
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def _chat(verbs: Any) -> None:
+    verb = _verb(verbs, "chat", "talk to a model, or let it continue a prompt")
+    _model(verb)
+    verb.add_argument("--prompt", metavar="TEXT", help="answer this and exit, instead of asking")
+    verb.add_argument("--system", metavar="TEXT", help="system message")
+    verb.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
+    verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
+    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token")
+    verb.add_argument("--kernel", metavar="NAME", help="use this kernel or fail (see doctor)")
+
+
+def _inspect(verbs: Any) -> None:
+    verb = _verb(verbs, "inspect", "show what a quantized directory holds, and check it")
+    verb.add_argument("model", metavar="DIRECTORY", help="a quantized directory")
+    verb.add_argument("--layers", action="store_true", help="a line per layer")
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def print_json(content: Any) -> None:
+    """The one object on standard output."""
+    print(json.dumps(content, indent=2, allow_nan=False, default=str))

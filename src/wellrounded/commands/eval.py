@@ -1,0 +1,53 @@
+"""wellrounded eval MODEL [--against ORIGINAL]"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from pathlib import Path
+
+from ..cli import print_json
+from ..errors import UsageError
+from .terminal import print_table, progress, quiet_libraries
+
+BUILTIN_WINDOWS = 16
+
+
+def run(args: argparse.Namespace) -> int:
+    """Perplexity on the texts, and with --against the distance to the original."""
+    quiet_libraries()
+    from ..api import evaluate
+    from ..calibration import builtin
+
+    text = "".join(_read(name) for name in args.text) if args.text else builtin.proof_text()
+    windows = args.windows if args.text or args.windows else BUILTIN_WINDOWS
+    started = time.perf_counter()
+    with progress("evaluating, window") as bar:
+        result = evaluate(
+            args.model, text, against=args.against, length=args.length, windows=windows,
+            trust_remote_code=args.trust_remote_code,
+            progress=lambda done, total: bar.step(done, total, time.perf_counter() - started),
+        )
+    if args.json:
+        print_json(result)
+        return 0
+    rows = [("perplexity", f"{result['perplexity']:.3f}")]
+    if args.against:
+        rows += [
+            ("original", f"{result['against']['perplexity']:.3f}"),
+            ("KL to original", f"{result['kl_mean']:.4f} mean, {result['kl_median']:.4f} median, "
+                               f"{result['kl_p99']:.3f} at 99%"),
+            ("same top token", f"{result['top1_agreement']:.1%}"),
+        ]
+    text_name = ", ".join(args.text) if args.text else "built-in English and code"
+    rows.append(("tokens", f"{result['tokens']:,} of {text_name}, windows of {args.length}"))
+    rows.append(("time", f"{result['seconds']:.0f} s"))
+    print_table(rows, args.model)
+    return 0
+
+
+def _read(name: str) -> str:
+    try:
+        return Path(name).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--text {name}: cannot be read as UTF-8 text ({error})") from None

@@ -1,0 +1,53 @@
+"""wellrounded quantize MODEL -o OUT"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from typing import Any
+
+from ..cli import print_json
+from ..errors import UsageError
+from .terminal import print_table, progress, quiet_libraries, stderr, stdout
+
+
+def run(args: argparse.Namespace) -> int:
+    """Quantize, print the table (or the JSON), and say how to use the result; 3 if it failed its own check."""
+    quiet_libraries()
+    from ..api import quantize
+
+    with progress("quantizing, block") as bar:
+        report = quantize(
+            args.model, args.out, bits=args.bits, group_size=args.group_size, sym=args.sym, act_order=args.act_order,
+            calibration=_calibration(args.calibration), samples=args.samples, length=args.length, seed=args.seed,
+            ignore=args.ignore, device=args.device, force=args.force, fresh=args.fresh,
+            trust_remote_code=args.trust_remote_code,
+            progress=lambda p: bar.step(p.done, p.total, p.seconds),
+        )
+    if args.json:
+        print_json(report.to_dict())
+    else:
+        print_table(report.summary(), f"{report.source} -> {report.out}")
+        out = shlex.quote(report.out)
+        stdout.print(f"\nrun it:   wellrounded chat {out}")
+        if not report.notes:
+            stdout.print(f"serve it: vllm serve {out}")
+        stdout.print(f"check it: wellrounded eval {out} --against {shlex.quote(args.model)}")
+    for note in report.notes:
+        stderr.print(f"note: {note}")
+    for problem in report.problems():
+        stderr.print(f"[bold red]check failed:[/] {problem}")
+    return 3 if report.problems() else 0
+
+
+def _calibration(specs: list[str] | None) -> Any:
+    from ..api import NONE
+    from ..calibration import parse
+
+    if specs is None:
+        return None
+    if NONE in specs:
+        if len(specs) > 1:
+            raise UsageError(f"--calibration none was asked for together with {', '.join(s for s in specs if s != NONE)}")
+        return NONE
+    return [parse(spec) for spec in specs]

@@ -1,0 +1,158 @@
+"""GPTQ: round the columns of a weight one after another, letting the later ones make up for the error so far.
+
+Frantar et al., "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers" (2022), in the
+inverse-free form: with the damped Hessian factored as `H = R R^T`, R upper triangular, column j is rounded from
+
+    t_j = W_j + sum_{i<j} (W_i - Q_i) R_ij / R_jj          and adds R_jj^2 (t_j - Q_j)^2 to the loss
+
+which gives the codes of the textbook form (Cholesky of the inverse) for a third of its work. This is Babai's nearest
+plane; see Chen et al., "The Geometry of LLM Quantization" (2025).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from . import grid
+from .hessian import Factor, Hessian, factor
+from .scheme import Scheme
+from .weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a solution is looked for; what is stored is the Scheme's business.
+
+    damping       relative strength of the ridge added to the Hessian's diagonal (see hessian.factor)
+    panel         columns whose corrections are applied together; changes the speed, never the result
+    group_aware   round the groups with the largest inputs first, and the largest columns first inside each group
+    candidates    scales tried per group
+    refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
+    """
+
+    damping: float = 0.01
+    panel: int = 128
+    group_aware: bool = True
+    candidates: int = 24
+    refit_sweeps: int = 1
+
+
+def solve(
+    weight: torch.Tensor, hessian: Hessian, scheme: Scheme, settings: Settings = Settings()
+) -> tuple[QuantizedWeight, Factor]:
+    """Codes, scales and zeros that minimize `tr((W - Q) H (W - Q)^T)` greedily, and the factor that was used.
+
+    `weight` is [out, in], any float dtype. Rows do not influence each other, so layers that read the same input can
+    be stacked and solved as one (QuantizedWeight.split).
+
+    Raises NumericsError for NaN or Inf in weights or inputs, FactorError if the Hessian cannot be factored.
+    """
+    weight = weight.detach().float()
+    importance = hessian.diagonal()
+    index = _group_index(importance, scheme)
+    grouped = torch.argsort(index, stable=True)
+    scales, zeros = grid.search(weight[:, grouped], importance[grouped], scheme, settings.candidates)
+
+    order = _sweep_order(importance, index, settings.group_aware)
+    factored = factor(hessian.matrix()[order][:, order], settings.damping)
+    columns = weight.T[order].contiguous()
+    codes = sweep(columns, factored.upper, scales.T, zeros.T, index.long()[order], scheme, settings.panel)
+    for _ in range(settings.refit_sweeps):
+        scales = refit(columns, codes, scales.T, zeros.T, index.long()[order], factored.damped).T
+
+    stored = torch.empty_like(codes, dtype=torch.uint8)
+    stored[order] = (codes + zeros.T[index.long()[order]]).to(torch.uint8)
+    quantized = QuantizedWeight(stored.T.contiguous(), scales.contiguous(), zeros, index, scheme)
+    return quantized, factored
+
+
+def sweep(
+    weight: torch.Tensor,
+    upper: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    scheme: Scheme,
+    panel: int,
+) -> torch.Tensor:
+    """Codes minus zeros, like `weight` [in, out]: one input column per row, so that every step is contiguous.
+
+    upper [in, in] from `factor`; scales and zeros [groups, out]; groups [in] int64. Corrections inside a panel are
+    rank-one updates; what a finished panel owes to the columns after it is one matrix product.
+    """
+    feedback = upper / upper.diagonal()  # column j divided by R_jj
+    target = weight.clone()
+    steps = torch.empty_like(weight)
+    scales, low = scales.to(weight.dtype), -zeros.to(weight.dtype)
+    for start in range(0, len(weight), panel):
+        stop = min(start + panel, len(weight))
+        errors = torch.empty_like(weight[start:stop])
+        for j in range(start, stop):
+            scale, lowest = scales[groups[j]], low[groups[j]]
+            step = (target[j] / scale).round_().clamp_(lowest, lowest + scheme.max_code)
+            steps[j] = step
+            torch.addcmul(weight[j], step, scale, value=-1, out=errors[j - start])
+            if j + 1 < stop:
+                target[j + 1 : stop].addr_(feedback[j, j + 1 : stop], errors[j - start])
+        if stop < len(weight):
+            target[stop:].addmm_(feedback[start:stop, stop:].T, errors)
+    return steps
+
+
+def refit(
+    weight: torch.Tensor,
+    steps: torch.Tensor,
+    scales: torch.Tensor,
+    zeros: torch.Tensor,
+    groups: torch.Tensor,
+    damped: torch.Tensor,
+) -> torch.Tensor:
+    """Scales float16 [groups, out] that fit the chosen codes better, group after group, in closed form.
+
+    With codes fixed, the loss is quadratic in each scale: its best value is s + num / den with
+    `num = sum(steps_g * (H_g E))`, `den = sum(steps_g * (H_gg steps_g))`, E = W - Q. The rounded scale is taken only
+    where it is closer to the best one than the old scale was, which is exactly where the loss falls.
+    Source: the coordinate form of the scale step in Guo et al., "decoupleQ" (2024).
+    """
+    scales = scales.clone()
+    error = weight - steps * scales.float()[groups]
+    for g in range(len(scales)):
+        columns = (groups == g).nonzero().squeeze(1)
+        mine, old = steps[columns], scales[g].float()
+        gradient = (mine * (damped[columns] @ error)).sum(0)
+        curvature = (mine * (damped[columns][:, columns] @ mine)).sum(0)
+        best = old + gradient / curvature.clamp_min(1e-30)
+        new = best.half().float()
+        accepted = (curvature > 0) & torch.isfinite(new) & (new != 0) & ((new - best).abs() < (old - best).abs())
+        new = torch.where(accepted, new, old)
+        error[columns] += mine * (old - new)
+        scales[g] = new.half()
+    return scales
+
+
+def _group_index(importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:
+    """int32 [in]: by position, or with act_order by falling importance, so that alike columns share a scale."""
+    index = scheme.trivial_group_index(len(importance)).to(importance.device)
+    if scheme.act_order:
+        index[torch.argsort(importance, descending=True)] = index.clone()
+    return index
+
+
+def _sweep_order(importance: torch.Tensor, index: torch.Tensor, group_aware: bool) -> torch.Tensor:
+    """int64 [in]: which column is rounded when. The first ones suffer least, so the important ones go first.
+
+    Group-aware order sorts groups by their most important column and columns inside their group, which gets what
+    activation order gives without storing an index (GAR: Gafni et al., "Dual Precision Quantization for Efficient and
+    Accurate Deep Neural Networks Inference", 2025). Without it columns go by group, as stored.
+    """
+    groups = index.long()
+    if not group_aware:
+        return torch.argsort(groups, stable=True)
+    peak = torch.zeros(int(groups.max()) + 1, device=importance.device)
+    peak = peak.scatter_reduce(0, groups, importance, "amax", include_self=False)
+    rank = torch.empty_like(peak, dtype=torch.int64)
+    rank[torch.argsort(peak, descending=True, stable=True)] = torch.arange(len(peak), device=peak.device)
+    by_importance = torch.argsort(importance, descending=True, stable=True)
+    return by_importance[torch.argsort(rank[groups[by_importance]], stable=True)]

@@ -1,0 +1,187 @@
+"""Open a dense model to be quantized: a hub id, a directory, a .gguf file, or a transformers model in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from accelerate import init_empty_weights
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from ..checkpoint import Reader, Source, copy_files
+from ..errors import CheckpointError, UsageError
+from ..model.walk import meta_copy
+
+COMPUTE = torch.bfloat16  # fast wherever there is hardware for it, and wide enough for every model's activations
+
+
+def open_source(
+    model: str | Path | torch.nn.Module, tokenizer: Any = None, trust_remote_code: bool = False
+) -> Source:
+    """The dense model behind a hub id, a directory, a .gguf file or an object, ready for wellrounded's pipeline.
+
+    Weights are read from safetensors (or GGUF) only, and code from the hub runs only with `trust_remote_code`.
+
+    Raises UsageError for a model that does not exist, is no causal language model, or is quantized already;
+    CheckpointError for damaged files.
+    """
+    if isinstance(model, torch.nn.Module):
+        return _from_memory(model, tokenizer, str(getattr(model, "name_or_path", "")) or type(model).__name__)
+    path = Path(model).expanduser()
+    if path.suffix == ".gguf":
+        return _from_gguf(path)
+    directory = path if path.is_dir() else download(str(model))
+    return _from_directory(directory, str(model), tokenizer, trust_remote_code)
+
+
+def download(name: str) -> Path:
+    """The hub's snapshot of a model, without weights that are not safetensors; UsageError if there is none."""
+    looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
+    if looks_local:
+        raise UsageError(f"{name}: no such directory, and not a hub id (ORGANIZATION/NAME) either")
+    pickles = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+    try:
+        return Path(snapshot_download(name, ignore_patterns=pickles))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"{name}: no such directory here, and the hub did not deliver it ({reason})") from None
+
+
+def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_code: bool) -> Source:
+    config = load_config(directory, trust_remote_code)
+    if getattr(config, "quantization_config", None) is not None:
+        method = config.to_dict()["quantization_config"].get("quant_method", "some method")
+        raise UsageError(f"{label}: already quantized ({method}); start from the original model")
+    reader = Reader(directory)
+    model = _skeleton(config, trust_remote_code)
+    names = _stored_names(model, set(reader.places))
+    if names is None:
+        # The file's tensors become the model's by more than renaming (fused experts, say): transformers does it.
+        loaded = AutoModelForCausalLM.from_pretrained(
+            directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        )
+        source = _from_memory(loaded, tokenizer or load_tokenizer(directory, trust_remote_code), label)
+        source.config, source.fingerprint = json.loads((directory / "config.json").read_text()), reader.fingerprint()
+        source.write_files = lambda target: copy_files(directory, target)
+        return source
+
+    def read(name: str) -> torch.Tensor | None:
+        return reader.read(names[name]) if name in names else None
+
+    used = set(names.values())
+    extras = {name: (lambda name=name: reader.read(name)) for name in reader.places if name not in used}
+    return Source(
+        label, model, read, lambda name: names.get(name, name), extras,
+        json.loads((directory / "config.json").read_text()), lambda target: copy_files(directory, target),
+        reader.bytes, reader.fingerprint(), tokenizer or load_tokenizer(directory, trust_remote_code),
+    )
+
+
+def _stored_names(model: transformers.PreTrainedModel, stored: set[str]) -> dict[str, str] | None:
+    """Each tensor of the model by its name in the files: equal, or with or without the base model's prefix.
+
+    Tensors that the files do not hold are left out if they are tied to one that they do; None if any other is missing.
+    """
+    prefix = f"{model.base_model_prefix}."
+    tensors = model.state_dict(keep_vars=True)
+    names: dict[str, str] = {}
+    for name in tensors:
+        for candidate in (name, name.removeprefix(prefix), prefix + name):
+            if candidate in stored:
+                names[name] = candidate
+                break
+    held = {id(tensors[name]) for name in names}
+    missing = [n for n, t in tensors.items() if n not in names and id(t) not in held and isinstance(t, torch.nn.Parameter)]
+    return None if missing else names
+
+
+def _from_gguf(path: Path) -> Source:
+    if not path.is_file():
+        raise UsageError(f"{path}: no such file")
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UsageError(f'{path}: reading GGUF files needs the gguf package: pip install "wellrounded[gguf]"') from None
+    from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
+
+    try:
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        model = _skeleton(config, False)
+        tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model, torch_dtype=COMPUTE)["tensors"]
+    except UsageError:
+        raise
+    except Exception as error:  # the reader raises whatever its bytes lead it to
+        raise CheckpointError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from None
+    config.dtype = COMPUTE
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    size = sum(t.numel() * t.element_size() for t in tensors.values())
+    stat = path.stat()
+    return Source(
+        path.stem, model, tensors.get, lambda name: name, {}, _plain_config(config, model),
+        lambda target: _save_files(model, tokenizer, target), size, f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
+        tokenizer,
+    )
+
+
+def _from_memory(model: torch.nn.Module, tokenizer: Any, label: str) -> Source:
+    if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
+        raise UsageError(f"{label}: already quantized; start from the original model")
+    tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
+    skeleton = meta_copy(model, COMPUTE).eval()
+    distinct = {t.data_ptr(): t for t in tensors.values()}.values()
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.double().sum().item()!r}".encode())
+    return Source(
+        label, skeleton, tensors.get, lambda name: name, {}, _plain_config(model.config, model),
+        lambda target: _save_files(model, tokenizer, target), sum(t.numel() * t.element_size() for t in distinct),
+        digest.hexdigest(), tokenizer,
+    )
+
+
+def load_config(directory: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
+    """The directory's configuration; UsageError unless it describes a causal language model."""
+    if not (directory / "config.json").is_file():
+        raise UsageError(f"{directory}: has no config.json, so it is not a model in Hugging Face's layout")
+    try:
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ValueError, OSError, KeyError) as error:
+        raise UsageError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+    remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
+    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
+        raise UsageError(f"{directory}: a {config.model_type!r} model, which is not a causal language model "
+                         "that transformers can build")
+    return config
+
+
+def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer, or None if it has none."""
+    if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
+        return None
+    return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def _skeleton(config: transformers.PretrainedConfig, trust_remote_code: bool) -> transformers.PreTrainedModel:
+    """The model with parameters on the meta device and computed buffers."""
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE, trust_remote_code=trust_remote_code)
+    model.tie_weights()
+    return model.eval()
+
+
+def _plain_config(config: transformers.PretrainedConfig, model: torch.nn.Module) -> dict[str, Any]:
+    plain = json.loads(config.to_json_string())
+    return {**plain, "architectures": plain.get("architectures") or [type(model).__name__]}
+
+
+def _save_files(model: torch.nn.Module, tokenizer: Any, target: Path) -> None:
+    if tokenizer is not None:
+        tokenizer.save_pretrained(target)
+    if getattr(model, "generation_config", None) is not None:
+        model.generation_config.save_pretrained(target)

@@ -1,0 +1,34 @@
+"""Dequantize and multiply: always works, everywhere, and every other kernel is tested against it.
+
+The dense weight exists only during the call. For inputs of many rows this is also the fast way, since the matrix
+product costs far more than restoring the weight.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn import functional as F
+
+from ..core.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from . import Dense, Matmul, Need
+
+NAME = "reference"
+
+
+def refuses(need: Need) -> str | None:
+    """Never."""
+    return None
+
+
+def prepare(weight: QuantizedWeight, need: Need) -> Matmul:
+    """No layout of its own."""
+    return matmul
+
+
+def matmul(x: torch.Tensor, dense: Dense) -> torch.Tensor:
+    """[..., in] to [..., out]; differentiable in `x`."""
+    return F.linear(x, dense(x.dtype))

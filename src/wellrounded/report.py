@@ -1,0 +1,152 @@
+"""What a run did and how good the result is: one record, printed as a table and written as JSON and model card."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from .core.weight import QuantizedWeight
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One linear layer: error_db is the output error relative to the output, 10 log10(|WX - QX|^2 / |WX|^2).
+
+    rtn_error_db is what plain rounding, the same grid without data, would have given. Both are None where no
+    calibration token reached the layer. `fallback` says in a sentence why the layer was not solved as asked.
+    """
+
+    name: str
+    scheme: str
+    parameters: int
+    tokens: int
+    error_db: float | None
+    rtn_error_db: float | None
+    damping: float | None
+    fallback: str | None = None
+
+    @property
+    def rounded(self) -> bool:
+        """Whether the layer was rounded plainly although a solution was asked for."""
+        return self.damping is None
+
+
+@dataclass
+class Report:
+    """Everything that is known about one run. `to_dict` is what `--json` prints and quantization_report.json holds."""
+
+    source: str
+    out: str
+    scheme: str
+    layers: list[LayerResult] = field(default_factory=list)
+    kept: dict[str, str] = field(default_factory=dict)  # linear layer inside the blocks -> why it stayed dense
+    calibration: dict[str, Any] | None = None
+    fidelity: dict[str, float | int] | None = None
+    parameters: int = 0
+    size_bytes: int = 0
+    source_bytes: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_rss_bytes: int = 0
+    notes: list[str] = field(default_factory=list)
+    version: str = ""
+
+    def coverage(self) -> dict[str, float]:
+        """Fractions of all parameters of the model that were solved, rounded plainly, and kept dense."""
+        rounded = sum(layer.parameters for layer in self.layers if layer.rounded)
+        solved = sum(layer.parameters for layer in self.layers) - rounded
+        total = max(self.parameters, 1)
+        return {"gptq": solved / total, "rtn": rounded / total, "kept": 1 - (solved + rounded) / total}
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Bytes on disk times eight over parameters: embeddings and everything else that stayed dense included."""
+        return 8 * self.size_bytes / max(self.parameters, 1)
+
+    def problems(self) -> list[str]:
+        """Reasons to distrust the result, as sentences; a run with any of them exits with code 3."""
+        found = []
+        asked = sum(layer.parameters for layer in self.layers)
+        fallen = sum(layer.parameters for layer in self.layers if layer.fallback and layer.rounded)
+        if fallen > 0.01 * asked:
+            found.append(f"{fallen / asked:.1%} of the quantized weights fell back to plain rounding")
+        worse = [x for x in self.layers if x.error_db is not None and not x.fallback
+                 and x.error_db > (x.rtn_error_db or 0) + 0.01 and not x.rounded]
+        if worse:
+            found.append(f"{len(worse)} layers are worse than plain rounding, first {worse[0].name}")
+        if self.fidelity and not self.fidelity["kl_mean"] < 2.0:
+            found.append(f"KL to the original is {self.fidelity['kl_mean']:.3g} nats per token: the model is damaged")
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-ready; the keys are documented in docs/json.md and do not change meaning."""
+        return {
+            "source": self.source,
+            "out": self.out,
+            "scheme": self.scheme,
+            "bits_per_weight": self.bits_per_weight,
+            "size_bytes": self.size_bytes,
+            "source_bytes": self.source_bytes,
+            "parameters": self.parameters,
+            "coverage": self.coverage(),
+            "fidelity": self.fidelity,
+            "seconds": self.seconds,
+            "peak_rss_bytes": self.peak_rss_bytes,
+            "calibration": self.calibration,
+            "kept": self.kept,
+            "notes": self.notes,
+            "problems": self.problems(),
+            "version": self.version,
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    def summary(self) -> list[tuple[str, str]]:
+        """The closing table as (label, value) rows."""
+        cover, mib = self.coverage(), 2**20
+        rows = [
+            ("scheme", self.scheme),
+            ("size", f"{self.size_bytes / mib:,.1f} MiB, was {self.source_bytes / mib:,.1f} MiB "
+                     f"({self.source_bytes / max(self.size_bytes, 1):.1f}x smaller)"),
+            ("bits per weight", f"{self.bits_per_weight:.2f} over all parameters, {self._layer_bits():.2f} in "
+                                f"quantized layers"),
+            ("coverage", f"{len(self.layers)} layers: gptq {cover['gptq']:.1%}, plain rounding {cover['rtn']:.1%}, "
+                         f"kept dense {cover['kept']:.1%} of parameters"),
+        ]
+        measured = [x for x in self.layers if x.error_db is not None]
+        if measured:
+            mean = sum(x.error_db or 0 for x in measured) / len(measured)
+            plain = sum(x.rtn_error_db or 0 for x in measured) / len(measured)
+            worst = max(measured, key=lambda x: x.error_db or 0)
+            rows.append(("layer error", f"{mean:.1f} dB mean (plain rounding {plain:.1f} dB), "
+                                        f"worst {worst.error_db:.1f} dB in {worst.name}"))
+        if self.fidelity:
+            f = self.fidelity
+            rows += [
+                ("perplexity", f"{f['perplexity']:.2f}, original {f['original_perplexity']:.2f}"),
+                ("KL to original", f"{f['kl_mean']:.4f} mean, {f['kl_median']:.4f} median, {f['kl_p99']:.3f} at 99%"),
+                ("same top token", f"{f['top1_agreement']:.1%} of {f['tokens']:,} held-out tokens"),
+            ]
+        rows.append(("time", f"{self.seconds.get('total', 0):.0f} s, peak memory "
+                             f"{self.peak_rss_bytes / 2**30:.2f} GiB"))
+        return rows
+
+    def _layer_bits(self) -> float:
+        weights = sum(layer.parameters for layer in self.layers)
+        bits = sum(layer.parameters * self._bits[layer.name] for layer in self.layers if layer.name in self._bits)
+        return bits / max(weights, 1)
+
+    _bits: dict[str, float] = field(default_factory=dict, repr=False)
+
+    def add(self, result: LayerResult, bits_per_weight: float) -> None:
+        """Take in one layer; bits_per_weight counts its scales and zeros."""
+        self.layers.append(result)
+        self._bits[result.name] = bits_per_weight
+
+
+def error_db(weight: torch.Tensor, quantized: QuantizedWeight, second_moment: torch.Tensor) -> float:
+    """10 log10 of the relative output error `tr(E H E^T) / tr(W H W^T)`, E = W - Q; weight [out, in]."""
+    error = weight - quantized.dequantize()
+    lost = ((error @ second_moment) * error).sum()
+    signal = ((weight @ second_moment) * weight).sum()
+    return 10 * torch.log10(lost.clamp_min(1e-30) / signal.clamp_min(1e-30)).item()
