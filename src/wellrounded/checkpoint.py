@@ -215,7 +215,7 @@ class Writer:
 
 
 def join(parts: list[Path], directory: Path) -> None:
-    """Concatenate safetensors files into model shards of at most SHARD_BYTES and an index, copying bytes as they are."""
+    """Concatenate safetensors files, bytes as they are, into model shards of about SHARD_BYTES and an index."""
     headers = [read_header(part) for part in parts]
     shards: list[list[int]] = [[]]
     filled = 0

@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Every option of every command."""
     top = argparse.ArgumentParser(
-        "wellrounded", description="Turn a language model into a few-bit GPTQ checkpoint, prove that it is good, run it.",
+        "wellrounded", description="Turn a language model into a few-bit GPTQ checkpoint, prove it, run it.",
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"wellrounded {__version__}")
@@ -73,7 +73,7 @@ def _quantize(verbs: Any) -> None:
     symmetry = scheme.add_mutually_exclusive_group()
     symmetry.add_argument("--sym", dest="sym", action="store_true", default=True, help="no zero points (default)")
     symmetry.add_argument("--asym", dest="sym", action="store_false", help="integer zero points; fewer engines load it")
-    scheme.add_argument("--act-order", action="store_true", help="store an activation order (desc_act); few engines load it")
+    scheme.add_argument("--act-order", action="store_true", help="store an activation order (desc_act); few load it")
     scheme.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
                         help="keep layers dense in whose name this regular expression is found (repeatable)")
     data = verb.add_argument_group("calibration")
@@ -96,7 +96,7 @@ def _eval(verbs: Any) -> None:
     verb = _verb(verbs, "eval", "measure perplexity, and the distance to the original")
     _model(verb)
     verb.add_argument("--against", metavar="ORIGINAL", help="the original: adds KL, top-1 agreement, its perplexity")
-    verb.add_argument("--text", action="append", metavar="FILE", help="text to evaluate on (repeatable; default: builtin)")
+    verb.add_argument("--text", action="append", metavar="FILE", help="text to evaluate on (repeatable)")
     verb.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
     verb.add_argument("--windows", type=int, metavar="N", help="use the first N windows (default: all, 16 of builtin)")
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -180,7 +180,8 @@ def _proof_from_builtin(held_out: int, asked: _Asked) -> tuple[Windows, str]:
     if not count:
         return nothing, f"{too_little}, and windows too long for the built-in text: nothing is held out"
     windows = Windows(stream[: count * asked.length].reshape(count, asked.length))
-    return windows, f"{too_little}: the {count} held-out {_plural(count, 'window')} are built-in text, English and code"
+    proof = f"{count} {_plural(count, 'window')} of built-in text, English and code"
+    return windows, f"{too_little}: the result is proven on {proof} instead"
 
 
 def _check_numbers(samples: int, length: int, held_out: int) -> None:

@@ -100,9 +100,9 @@ def parse(spec: str) -> Source:
         return Source(spec)
     name, _, rest = spec.partition(":")
     split, _, number = rest.partition(":")
+    _refuse_unknown(name, spec)
     if number and not (number.isdecimal() and int(number) > 0):
         raise UsageError(f"calibration {spec!r}: {number!r} is not a number of windows; write NAME:split:number")
-    _refuse_unknown(name, spec)
     share = int(number) if number else None
     if name == "builtin" or (name not in KNOWN and _is_file(name)):
         if split:
@@ -172,7 +172,7 @@ def _refuse_unknown(name: str, spec: str) -> None:
     if name in NAMES or _is_file(name):
         return
     shown = repr(spec if len(spec) <= 80 else spec[:77] + "...")
-    if "\n" in name or len(name) > 250:
+    if "\n" in spec or len(spec) > 1000:
         raise UsageError(f"calibration {shown}: this is a text, not a name; give texts in a list: [text]")
     if name and Path(name).is_dir():
         raise UsageError(f"calibration {shown}: this is a directory; name one file of it, {', '.join(SUFFIXES)}")
@@ -182,7 +182,7 @@ def _refuse_unknown(name: str, spec: str) -> None:
         known = ", ".join(NAMES)
         raise UsageError(
             f"calibration {shown}: not a known data set ({known}), an existing file, or a hub id (owner/name); "
-            "was a path meant?"
+            "was a path meant? A text of your own goes into a list: [text]"
         )
 
 

@@ -23,7 +23,8 @@ def run(args: argparse.Namespace) -> int:
     rows = [
         ("format", f"{found['format']}, {found['scheme']}"),
         ("size", f"{found['size_bytes'] / gib:,.1f} MiB in safetensors, {found['packed_bytes'] / gib:,.1f} MiB packed"),
-        ("layers", f"{len(found['layers'])} quantized, {found['weights']:,} weights at {found['bits_per_weight']:.2f} bits"),
+        ("layers", f"{len(found['layers'])} quantized, {found['weights']:,} weights, "
+                   f"{found['bits_per_weight']:.2f} bits each"),
         ("schemes", ", ".join(f"{n} x {s}" for s, n in found["schemes"].items())),
         ("dense", f"{found['dense_bytes'] / gib:,.1f} MiB in {found['dense_tensors']} tensors"),
         ("check", "every packed tensor has the right shape, every scale is finite"),

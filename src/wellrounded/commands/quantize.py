@@ -48,6 +48,7 @@ def _calibration(specs: list[str] | None) -> Any:
         return None
     if NONE in specs:
         if len(specs) > 1:
-            raise UsageError(f"--calibration none was asked for together with {', '.join(s for s in specs if s != NONE)}")
+            others = ", ".join(spec for spec in specs if spec != NONE)
+            raise UsageError(f"--calibration none was asked for together with {others}; choose one")
         return NONE
     return [parse(spec) for spec in specs]

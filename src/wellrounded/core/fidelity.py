@@ -19,7 +19,7 @@ class Perplexity:
     tokens: int = 0
 
     def update(self, logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None = None) -> None:
-        """Add windows: logits [n, length, vocabulary] predict ids [n, length] one position later; padding is left out."""
+        """Add windows: logits [n, length, vocabulary] predict ids [n, length] one position later; no padding."""
         for rows, targets in _positions(logits, ids, mask):
             self.nll += F.cross_entropy(rows.float(), targets, reduction="sum").item()
             self.tokens += len(targets)

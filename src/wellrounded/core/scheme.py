@@ -83,5 +83,5 @@ class Scheme:
 
 
 def default_group_size(inputs: list[int]) -> int:
-    """The largest of 128, 64 and 32 that divides every layer's inputs, else 32: serving engines refuse ragged groups."""
+    """The largest of 128, 64, 32 that divides every layer's inputs, else 32: serving engines refuse ragged groups."""
     return next((size for size in (128, 64) if all(n % size == 0 for n in inputs)), 32)

@@ -138,7 +138,7 @@ def _check_shapes(name: str, bare: str, layer: nn.Module, scheme: Any, stored: d
 
 
 def register() -> None:
-    """Let transformers' `from_pretrained` load GPTQ checkpoints with this engine, in this process; `unregister` undoes it."""
+    """Let transformers' `from_pretrained` load GPTQ checkpoints with this engine; `unregister` undoes it."""
     if auto.AUTO_QUANTIZER_MAPPING["gptq"] is not Quantizer:
         _before.append((auto.AUTO_QUANTIZER_MAPPING["gptq"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]))
         auto.AUTO_QUANTIZER_MAPPING["gptq"] = Quantizer

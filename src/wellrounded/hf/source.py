@@ -97,8 +97,8 @@ def _stored_names(model: transformers.PreTrainedModel, stored: set[str]) -> dict
                 names[name] = candidate
                 break
     held = {id(tensors[name]) for name in names}
-    missing = [n for n, t in tensors.items() if n not in names and id(t) not in held and isinstance(t, torch.nn.Parameter)]
-    return None if missing else names
+    absent = (t for n, t in tensors.items() if n not in names and isinstance(t, torch.nn.Parameter))
+    return names if all(id(t) in held for t in absent) else None
 
 
 def _from_gguf(path: Path) -> Source:
@@ -107,7 +107,7 @@ def _from_gguf(path: Path) -> Source:
     try:
         import gguf  # noqa: F401
     except ImportError:
-        raise UsageError(f'{path}: reading GGUF files needs the gguf package: pip install "wellrounded[gguf]"') from None
+        raise UsageError(f'{path}: GGUF files are read by the gguf package: pip install "wellrounded[gguf]"') from None
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     try:
