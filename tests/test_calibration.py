@@ -183,7 +183,9 @@ def test_rows_that_are_windows_already_stay_whole_and_every_kth_is_held_out():
     got = take(rows, held_out=2)
     assert torch.equal(got.held_out.ids, rows[[9, 19]])
     assert torch.equal(got.windows.ids, rows[[0, 4, 10, 14]])  # evenly among the 18 that are left
-    assert got.sources[0].dropped == 14
+    assert got.describe() == (
+        "given token rows: asked 4 windows of 8, used 4, 32 tokens (14 rows blank or not needed); 2 windows held out"
+    )
 
 
 def test_fewer_than_eight_rows_are_too_few_to_hold_one_out():

@@ -31,7 +31,10 @@ _HOMES = {
     "NumericsError": "errors",
 }
 
-__all__ = ["__version__", *_HOMES]
+__all__ = [
+    "CheckpointError", "NumericsError", "Recipe", "Rule", "Scheme", "Settings", "UsageError", "WellRoundedError",
+    "__version__", "evaluate", "load", "parse", "quantize", "register", "unregister",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from .api import evaluate, quantize

@@ -20,7 +20,7 @@ def cut(ids: torch.Tensor, length: int, count: int | None = None) -> torch.Tenso
     """
     whole = len(ids) // length
     if not whole:
-        raise UsageError(f"the text has {len(ids)} tokens, one window needs {length}; give more text, or shorter windows")
+        raise UsageError(f"the text has {len(ids)} tokens, one window needs {length}; give more text")
     return ids[: whole * length].reshape(whole, length)[:count]
 
 

@@ -59,7 +59,7 @@ class Calibration:
         """One line per source: what was asked, used and held out; a last line for what else should be known."""
         lines = []
         for use in self.sources:
-            dropped = f", {use.dropped:,} {_plural(use.dropped, 'row')} dropped" if use.dropped else ""
+            dropped = f" ({use.dropped:,} {_plural(use.dropped, 'row')} blank or not needed)" if use.dropped else ""
             lines.append(
                 f"{use.name}: asked {use.asked} {_plural(use.asked, 'window')} of {self.windows.length}, "
                 f"used {use.used}, {use.tokens:,} tokens{dropped}; "

@@ -108,7 +108,7 @@ def _bf16_products(enabled: bool) -> Iterator[None]:
     Exact for values that are bfloat16 already, and twice as fast. The setting is torch's own and is put back.
     """
     backend = getattr(torch.backends.mkldnn, "matmul", None)
-    if not enabled or not hasattr(backend, "fp32_precision"):
+    if not enabled or backend is None or not hasattr(backend, "fp32_precision"):
         yield
         return
     before = backend.fp32_precision
