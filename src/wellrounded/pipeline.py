@@ -23,6 +23,7 @@ from .core.weight import QuantizedWeight
 from .errors import NumericsError, UsageError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
+from .formats import readers
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
 from .model.walk import BlockWalk, Stream
@@ -79,7 +80,9 @@ class Run:
         self.walk = BlockWalk(source.model, source.read, device)
         self.schemes, self.kept = plan(source.model, self.walk.names, recipe)
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
+        inputs = {name: layers_of.shape_of(source.model.get_submodule(name))[1] for name in self.schemes}
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.kept, version=__version__)
+        self.report.notes = readers.objections(self.schemes, inputs, self.kept)
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize block after block into `writer`; the report of the finished checkpoint."""
@@ -259,21 +262,14 @@ class Run:
 
     def request(self) -> dict[str, Any]:
         """What decides every byte of the result, JSON-ready: a run is continued only by an equal request."""
-        windows = self.calibration.windows if self.calibration else None
         return {
             "source": self.source.label,
             "tensors": self.source.fingerprint,
             "recipe": config_format.to_config(self.recipe, self.version),
             "settings": asdict(self.settings),
-            "calibration": None if windows is None else [windows.tokens, int(_checksum(windows.ids))],
+            "calibration": self.calibration.digest if self.calibration else None,
         }
 
     def meta(self) -> dict[str, Any]:
         """How the codes were found; informative, no reader needs it."""
         return {"damp_percent": self.settings.damping, "act_group_aware": self.settings.group_aware}
-
-
-def _checksum(ids: torch.Tensor) -> torch.Tensor:
-    # Order matters: the same windows in another order would reach other floating-point sums.
-    weights = torch.arange(1, ids.numel() + 1).reshape(ids.shape) % 8191
-    return (ids.cpu() * weights).sum()

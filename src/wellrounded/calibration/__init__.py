@@ -5,7 +5,8 @@
 """
 
 from .mixture import Calibration, SourceUse, gather
+from .rows import tokenize
 from .sources import KNOWN, Source, parse
 from .windows import Windows
 
-__all__ = ["KNOWN", "Calibration", "Source", "SourceUse", "Windows", "gather", "parse"]
+__all__ = ["KNOWN", "Calibration", "Source", "SourceUse", "Windows", "gather", "parse", "tokenize"]

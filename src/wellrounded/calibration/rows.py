@@ -116,7 +116,7 @@ def encode(rows: Rows, tokenizer: Any, length: int, name: str) -> Tensor | list[
         return _one_stream(rows.items, tokenizer)
     if rows.kind == "chat":
         rendered = _render(rows.items, tokenizer, name)
-        return torch.cat([_tokenize(tokenizer, chat, add_special_tokens=False) for chat in rendered])
+        return torch.cat([tokenize(tokenizer, chat, add_special_tokens=False) for chat in rendered])
     if any(row.mask is not None for row in rows.items) or all(len(row.ids) == length for row in rows.items):
         return rows.items
     return torch.cat([row.ids for row in rows.items])
@@ -129,7 +129,7 @@ def _one_stream(texts: list[str], tokenizer: Any) -> Tensor:
     for text in texts:
         if parts and end is not None and parts[-1][-1:].tolist() != [end]:  # some tokenizers have added it already
             parts.append(torch.tensor([end]))
-        parts.append(_tokenize(tokenizer, text))
+        parts.append(tokenize(tokenizer, text))
     return torch.cat(parts)
 
 
@@ -152,7 +152,7 @@ def _message(turn: Mapping[str, Any]) -> Mapping[str, Any]:
     return turn
 
 
-def _tokenize(tokenizer: Any, text: str, **options: Any) -> Tensor:
+def tokenize(tokenizer: Any, text: str, **options: Any) -> Tensor:
     """Exactly the ids of `tokenizer(text)`, without its warning that a whole book is longer than the model's window."""
     if not callable(tokenizer):
         ids = tokenizer.encode(text, **options)

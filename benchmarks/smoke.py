@@ -1,0 +1,49 @@
+"""Run every benchmark at the smallest size that still goes through all of its code: CI does, so that none rots."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).parent
+
+
+def tiny_model(directory: Path) -> Path:
+    """A random Llama of two blocks with a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    config = LlamaConfig(
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(alphabet)
+    )  # fmt: skip
+    LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
+    return directory
+
+
+def run(script: str, *arguments: str) -> None:
+    """One benchmark; its failure is ours."""
+    print(f"\n# {script} {' '.join(arguments)}", flush=True)
+    subprocess.run([sys.executable, str(HERE / script), *arguments], check=True)
+
+
+def main() -> None:
+    """All of them, in a scratch directory."""
+    with tempfile.TemporaryDirectory() as scratch:
+        model = tiny_model(Path(scratch) / "model")
+        text = Path(scratch) / "text.txt"
+        text.write_text("\n".join(path.read_text() for path in sorted(HERE.glob("*.py"))))
+        small = ["--samples", "8", "--length", "64", "--windows", "2", "--eval-length", "64", "--group-size", "32"]
+        cases = "4sym,4asym,3sym,3asym,2asym,8sym,4sym-act-order,4sym-none"
+        run("accuracy.py", str(model), "--calibration", str(text), "--text", str(text), "--cases", cases, *small)
+        run("kernels.py", "--shape", "64x64", "--group-size", "32", "--seconds", "0.01")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,197 @@
+"""The walk gives exactly what the model gives, with one block in memory at a time."""
+
+import pytest
+import tiny
+import torch
+from torch import nn
+
+from wellrounded.errors import CheckpointError, NumericsError, UsageError
+from wellrounded.model.walk import BlockWalk, materialize, meta_copy
+
+TOKENS = tiny.ids(4, seed=7)
+PADDED = torch.ones_like(TOKENS, dtype=torch.bool)
+PADDED[1, -10:] = False  # on the right
+PADDED[2, :7] = False  # on the left
+
+
+def walk_of(model) -> BlockWalk:
+    return BlockWalk(meta_copy(model, torch.float32), model.state_dict().get)
+
+
+def walked(walk, tokens=TOKENS, mask=None, tamper=lambda stream: None) -> torch.Tensor:
+    """Logits after all blocks, two windows at a time."""
+    stream = walk.stream(tokens, mask, batch=2)
+    tamper(stream)
+    for index, _, _ in walk:
+        walk.advance(index, stream)
+    return torch.cat([walk.logits(stream, batch) for batch in range(len(stream.ids))])
+
+
+def expected(model, tokens=TOKENS, mask=None) -> torch.Tensor:
+    pairs = zip(tokens.split(2), [None] * 2 if mask is None else mask.long().split(2))
+    return torch.cat([tiny.logits(model, part, part_mask) for part, part_mask in pairs])
+
+
+def meta_blocks(walk) -> list[bool]:
+    return [all(p.device.type == "meta" for p in block.parameters()) for block in walk.blocks]
+
+
+# ---- exactness ----
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_the_chain_of_blocks_is_the_model_to_the_last_bit(kind):
+    model = tiny.build(kind)
+    assert torch.equal(walked(walk_of(model)), expected(model))
+
+
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_padding_masks_reach_the_blocks_as_the_model_makes_them(kind):
+    model = tiny.build(kind)
+    got, want = walked(walk_of(model), mask=PADDED), expected(model, mask=PADDED)
+    assert torch.equal(got[PADDED], want[PADDED])
+    assert not torch.equal(want[PADDED], expected(model)[PADDED]), "the mask should matter"
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gemma3_text"])
+def test_handing_every_block_what_the_first_one_got_would_be_wrong(kind):
+    model = tiny.build(kind)
+
+    def reuse(stream):
+        stream.calls = [[calls[0]] * len(calls) for calls in stream.calls]
+
+    difference = (walked(walk_of(model), tamper=reuse) - expected(model)).abs().max()
+    assert difference > 1e-2
+
+
+def test_batches_with_equal_masks_share_what_their_blocks_are_given():
+    stream = walk_of(tiny.build("gemma3_text")).stream(TOKENS, None, batch=1)
+    assert all(calls is stream.calls[0] for calls in stream.calls)
+    stream = walk_of(tiny.build("gemma3_text")).stream(TOKENS, PADDED, batch=1)
+    assert [calls is stream.calls[0] for calls in stream.calls] == [True, False, False, True]
+
+
+def test_observing_a_block_leaves_the_stream_where_it_is():
+    model = tiny.build("llama")
+    walk = walk_of(model)
+    stream = walk.stream(TOKENS, None, batch=2)
+    for index, _, _ in walk:
+        walk.observe(index, stream, ["mlp.down_proj"])
+        walk.advance(index, stream)
+    assert torch.equal(torch.cat([walk.logits(stream, 0), walk.logits(stream, 1)]), expected(model))
+
+
+# ---- memory ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "qwen3_moe"])
+def test_one_block_holds_its_weights_at_a_time(kind):
+    walk = walk_of(tiny.build(kind))
+    assert meta_blocks(walk) == [True] * 3
+    for index, name, block in walk:
+        assert name == walk.names[index] and block is walk.blocks[index]
+        assert not any(p.device.type == "meta" for p in block.parameters())
+        assert meta_blocks(walk) == [i != index for i in range(3)]
+    assert meta_blocks(walk) == [True] * 3
+
+
+def test_a_walk_can_be_taken_twice():
+    model = tiny.build("llama")
+    walk = walk_of(model)
+    assert torch.equal(walked(walk), walked(walk))
+
+
+# ---- the hollow walk ----
+
+
+def test_the_blocks_keep_their_own_forward():
+    walk = walk_of(tiny.build("llama"))
+    wrapped = walk.blocks[1].forward
+    walk.blocks[1].forward = wrapped  # as a hook of another library would
+    walk.stream(TOKENS, None, batch=2)
+    assert [block.__dict__.get("forward") for block in walk.blocks] == [None, wrapped, None]
+
+
+def test_the_blocks_keep_their_own_forward_after_an_error():
+    walk = walk_of(tiny.build("llama"))
+    with pytest.raises(UsageError, match="LlamaForCausalLM: its blocks .* cannot be walked"):
+        walk.stream(TOKENS + tiny.VOCABULARY, None, batch=2)
+    assert not any("forward" in block.__dict__ for block in walk.blocks)
+
+
+def test_a_model_that_skips_a_block_is_refused():
+    model = tiny.build("llama")
+    model.config.num_hidden_layers = 2  # its forward stops one block early
+    with pytest.raises(UsageError, match="2 of 3 blocks were called"):
+        walk_of(model).stream(TOKENS, None, batch=2)
+
+
+# ---- weights ----
+
+
+def test_a_copy_on_meta_leaves_the_model_untouched_and_keeps_ties():
+    model = tiny.build("llama", tie_word_embeddings=True)
+    before = {name: (tensor.data_ptr(), tensor.clone()) for name, tensor in model.state_dict().items()}
+    copy = meta_copy(model, torch.bfloat16)
+    assert all(p.device.type == "meta" and p.dtype == torch.bfloat16 for p in copy.parameters())
+    assert copy.lm_head.weight is copy.model.embed_tokens.weight
+    assert torch.equal(copy.model.rotary_emb.inv_freq, model.model.rotary_emb.inv_freq)
+    after = model.state_dict()
+    assert all(after[name].data_ptr() == place and torch.equal(after[name], value)
+               for name, (place, value) in before.items())  # fmt: skip
+
+
+def test_a_copy_on_meta_keeps_the_dtype_of_parameters_that_have_their_own():
+    model = tiny.build("llama", torch.bfloat16)
+    model.model.norm.float()
+    assert meta_copy(model, torch.float16).model.norm.weight.dtype == torch.float32
+
+
+def test_tied_tensors_stay_tied_and_are_read_once():
+    model = tiny.build("llama", tie_word_embeddings=True)
+    tensors = model.state_dict()
+    del tensors["lm_head.weight"]  # as in the files of a tied model
+    read = []
+
+    def reader(name):
+        read.append(name)
+        return tensors.get(name)
+
+    walk = BlockWalk(meta_copy(model, torch.float32), reader)
+    assert walk.model.lm_head.weight is walk.model.model.embed_tokens.weight
+    assert torch.equal(walked(walk), expected(model))
+    assert read.count("model.embed_tokens.weight") == 1
+
+
+def test_a_tensor_the_source_lacks_is_named():
+    model = tiny.build("llama")
+    tensors = model.state_dict()
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    walk = BlockWalk(meta_copy(model, torch.float32), tensors.get)
+    stream = walk.stream(TOKENS, None, batch=2)
+    with pytest.raises(CheckpointError, match=r"^model\.layers\.1\.mlp\.up_proj\.weight: the source has no such"):
+        for index, _, _ in walk:
+            walk.advance(index, stream)
+
+
+def test_a_tensor_of_another_shape_is_named():
+    model = tiny.build("llama")
+    tensors = model.state_dict() | {"model.norm.weight": torch.ones(65)}
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight: the model needs shape \(64,\), .* has \(65,\)"):
+        BlockWalk(meta_copy(model, torch.float32), tensors.get)
+
+
+def test_a_stored_buffer_comes_from_the_source_and_a_computed_one_stays():
+    module = nn.Module()
+    module.register_buffer("stored", torch.zeros(2))
+    module.register_buffer("computed", torch.ones(2), persistent=False)
+    materialize(module, {"stored": torch.full((2,), 5.0), "computed": torch.full((2,), 7.0)}.get)
+    assert module.stored.tolist() == [5, 5] and module.computed.tolist() == [1, 1]
+
+
+def test_values_that_are_not_numbers_name_the_block():
+    model = tiny.build("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
+    with pytest.raises(NumericsError, match=r"^model\.layers\.1: its output holds NaN or Inf"):
+        walked(walk_of(model))
