@@ -3,8 +3,9 @@
 import shutil
 
 import pytest
-import tiny
 import torch
+
+import tiny
 
 
 @pytest.fixture(scope="session")

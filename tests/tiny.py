@@ -1,13 +1,22 @@
 """Tiny models with random weights, built from configurations: nothing is downloaded, everything takes milliseconds."""
 
+import copy
+import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 import wellrounded as wr
+from wellrounded.checkpoint import Reader
+from wellrounded.core.weight import QuantizedWeight
+from wellrounded.formats import config as config_format
+from wellrounded.formats.gptq import from_tensors
+from wellrounded.model.blocks import oriented
 from wellrounded.report import Report
 
 VOCABULARY = 320
@@ -19,7 +28,7 @@ CHAT = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Untied weights are torch's usual ones; these stand out enough that a wrong mask or a wrong window shows.
+# Weights of 0.1 are large enough for a wrong mask or a wrong window to show in the logits.
 COMMON = {
     "vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 3,
     "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, "initializer_range": 0.1,
@@ -94,6 +103,42 @@ def save(model: PreTrainedModel, directory: Path, **options) -> Path:
 def quantize(model, out: Path, **options) -> Report:
     """`wellrounded.quantize`, calibrated on a few thousand random tokens unless told otherwise."""
     return wr.quantize(model, out, **{"calibration": ids(), "samples": 64, "length": LENGTH, **options})
+
+
+def stored_weights(out: Path) -> dict[str, QuantizedWeight]:
+    """The quantized weights of a finished checkpoint by layer name, as the file format defines them."""
+    config = config_format.from_config(json.loads((out / "config.json").read_text())["quantization_config"])
+    reader, weights = Reader(out), {}
+    for tensor in reader.places:
+        name, _, leaf = tensor.rpartition(".")
+        if leaf == "qweight":
+            scheme = config.recipe.scheme_of(name)
+            tensors = {key: reader.read(f"{name}.{key}") for key in ("qweight", "qzeros", "scales", "g_idx")}
+            outputs = tensors["qweight"].shape[1]
+            weights[name] = from_tensors(tensors, scheme, len(tensors["g_idx"]), outputs, config.version, name)
+    return weights
+
+
+def twin(model: PreTrainedModel, out: Path) -> PreTrainedModel:
+    """The dense model with the weights that the checkpoint `out` stands for, put in one by one: what `load` must match.
+
+    Layers may be stored without the base model's prefix, as in GPT-2's own files.
+    """
+    model = copy.deepcopy(model)
+    for name, weight in stored_weights(out).items():
+        known = name if name in dict(model.named_modules()) else f"{model.base_model_prefix}.{name}"
+        layer = model.get_submodule(known)
+        layer.weight.data = oriented(layer, weight.dequantize(layer.weight.dtype)).contiguous()
+    return model
+
+
+@contextmanager
+def rewritten(directory: Path):
+    """The tensors of a directory, stored again as the block has left them."""
+    path = directory / "model.safetensors"
+    tensors = load_file(path)
+    yield tensors
+    save_file({name: tensor.clone().contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
 
 
 def logits(model: PreTrainedModel, tokens: torch.Tensor | None = None, mask: torch.Tensor | None = None):

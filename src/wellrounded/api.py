@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,23 +62,37 @@ def quantize(
 
     out = Path(out).expanduser()
     Writer.check(out, force)
+    _refuse_overlap(model, out)
+    device = _device(device)
     if recipe is None:
         Scheme(bits, group_size if group_size is not None else 128, sym, act_order)  # a wrong value is said at once
     source = open_source(model, tokenizer, trust_remote_code)
     if recipe is None:
-        recipe = _recipe(source, bits, group_size, sym, act_order, list(ignore))
+        patterns = [ignore] if isinstance(ignore, str) else list(ignore)
+        recipe = _recipe(source, bits, group_size, sym, act_order, patterns)
     gathered = None
     if not (isinstance(calibration, str) and calibration == NONE):
+        _refuse_longer(length, source.model)
         vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
         gathered = data.gather(calibration, source.tokenizer, samples, length, seed, vocab_size=vocabulary)
-    run = Run(source, recipe, gathered, settings or Settings(), _device(device))
+    run = Run(source, recipe, gathered, settings or Settings(), device)
     writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
-    return run.write(writer, progress)
+    try:
+        return run.write(writer, progress)
+    except BaseException:
+        writer.abandon()
+        raise
 
 
 def evaluate(
-    model: Any, text: str, *, against: Any = None, length: int = 1024, windows: int | None = None,
-    tokenizer: Any = None, trust_remote_code: bool = False,
+    model: Any,
+    text: str,
+    *,
+    against: Any = None,
+    length: int = 1024,
+    windows: int | None = None,
+    tokenizer: Any = None,
+    trust_remote_code: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Perplexity of a model on `text`, and with `against` (its original) KL, top-1 agreement and both perplexities.
@@ -94,14 +109,19 @@ def evaluate(
         raise UsageError("the model has no tokenizer; pass one")
     if isinstance(against, (str, Path)):
         against, _ = load_with_tokenizer(against, trust_remote_code=trust_remote_code)
+    _refuse_longer(length, model)
     ids = data.tokenize(tokenizer, text)
     return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress)
 
 
-def _recipe(
-    source: Source, bits: int, group_size: int | None, sym: bool, act_order: bool, ignore: list[str]
-) -> Recipe:
+def _recipe(source: Source, bits: int, group_size: int | None, sym: bool, act_order: bool, ignore: list[str]) -> Recipe:
     probe = Recipe.ignoring(Scheme(bits, -1, sym, act_order), ignore)
+    example = next((name for name, module in source.model.named_modules() if layers_of.is_linear(module)), "none")
+    for pattern in ignore:
+        if not any(re.search(pattern, name) for name, _ in source.model.named_modules()):
+            raise UsageError(
+                f"ignore={pattern!r} was asked for, but no layer's name holds it; layers are called like {example}"
+            )
     inputs = []
     for block in layers_of.find_blocks(source.model):
         for name, layer in layers_of.linears(source.model.get_submodule(block)).items():
@@ -115,6 +135,21 @@ def _recipe(
             f"{default_group_size(inputs)}, or -1 for one group per output"
         )
     return Recipe.ignoring(Scheme(bits, group_size, sym, act_order), ignore)
+
+
+def _refuse_overlap(model: Any, out: Path) -> None:
+    """A result inside its source would be copied into the next one; a source inside its result would be replaced."""
+    if not isinstance(model, (str, Path)) or not Path(model).expanduser().exists():
+        return
+    source, target = Path(model).expanduser().resolve(), out.resolve()
+    if source.is_relative_to(target) or target.is_relative_to(source):
+        raise UsageError(f"{out} and the model {model} lie one inside the other; name a directory beside the model")
+
+
+def _refuse_longer(length: int, model: Any) -> None:
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise UsageError(f"length={length} was asked for, but the model reads at most {limit} tokens; use {limit}")
 
 
 def _device(name: str) -> str:

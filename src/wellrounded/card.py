@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import json
+import math
+import shutil
 from pathlib import Path
 from typing import Any
 
+from .checkpoint import WEIGHT_SUFFIXES
 from .report import Report
+
+
+def copy_files(source: Path, target: Path) -> None:
+    """Copy every file of a model directory that holds no weights, subdirectories included.
+
+    The original's README.md becomes README.source.md.
+    """
+    for path in sorted(source.rglob("*")):
+        inside = path.relative_to(source)
+        hidden = any(part.startswith(".") for part in inside.parts)
+        if hidden or not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        place = target / (inside if str(inside) != "README.md" else "README.source.md")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, place)
 
 
 def write_files(directory: Path, config: dict[str, Any], quantization: dict[str, Any], report: Report) -> None:
     """Write all four; config.json goes last, since a directory without it is not a model."""
     _dump(directory / "quantize_config.json", quantization)
     _dump(directory / "quantization_report.json", report.to_dict())
-    (directory / "README.md").write_text(card(report))
+    (directory / "README.md").write_text(card(report), encoding="utf-8")
     _dump(directory / "config.json", {**config, "quantization_config": quantization})
 
 
@@ -54,5 +72,18 @@ model = wellrounded.load("{name}")
 {"Linear layers that stayed dense:" + chr(10) + kept if kept else ""}"""
 
 
+def to_json(content: Any) -> str:
+    """Indented JSON; NaN and Inf, which it has no words for, become null."""
+    return json.dumps(_finite(content), indent=2, allow_nan=False)
+
+
+def _finite(content: Any) -> Any:
+    if isinstance(content, dict):
+        return {key: _finite(value) for key, value in content.items()}
+    if isinstance(content, (list, tuple)):
+        return [_finite(value) for value in content]
+    return None if isinstance(content, float) and not math.isfinite(content) else content
+
+
 def _dump(path: Path, content: dict[str, Any]) -> None:
-    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    path.write_text(to_json(content) + "\n", encoding="utf-8")

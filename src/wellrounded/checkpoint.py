@@ -86,20 +86,24 @@ def _weight_files(directory: Path) -> list[Path]:
     if index.exists():
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
         missing = [name for name in names if not (directory / name).exists()]
         if missing:
-            raise CheckpointError(f"{directory}: {index.name} names {missing[0]}, which is not there; "
-                                  f"{len(missing)} of {len(names)} shards are missing, download them again")
+            raise CheckpointError(
+                f"{directory}: {index.name} names {missing[0]}, which is not there; "
+                f"{len(missing)} of {len(names)} shards are missing, download them again"
+            )
         return [directory / name for name in names]
     single = directory / "model.safetensors"
     files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
     if not files:
         others = [f.name for f in directory.iterdir() if f.suffix in WEIGHT_SUFFIXES] if directory.is_dir() else []
         seen = f"only {', '.join(sorted(others)[:3])}" if others else "no weights at all"
-        raise UsageError(f"{directory}: weights are read from safetensors (or .gguf) files only, and there are "
-                         f"{seen}; convert them with transformers' save_pretrained first")
+        raise UsageError(
+            f"{directory}: weights are read from safetensors (or .gguf) files only, and there are "
+            f"{seen}; convert them with transformers' save_pretrained first"
+        )
     return files
 
 
@@ -112,10 +116,10 @@ def read_header(path: Path) -> tuple[dict[str, dict], int]:
             if length > size - 8:
                 raise CheckpointError(f"{path}: truncated or not safetensors ({size:,} bytes); download it again")
             header = json.loads(file.read(length))
-    except (OSError, ValueError) as error:
+        header.pop("__metadata__", None)
+        expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path}: cannot be read as safetensors ({error}); download it again") from None
-    header.pop("__metadata__", None)
-    expected = 8 + length + max((entry["data_offsets"][1] for entry in header.values()), default=0)
     if size != expected:
         raise CheckpointError(f"{path}: {size:,} bytes, its header promises {expected:,}; download it again")
     return header, 8 + length
@@ -138,13 +142,16 @@ class Writer:
         self.partial = self.out.with_name(self.out.name + ".partial")
         self.journal = self.partial / "journal.jsonl"
         self.check(self.out, self.force)
-        if self.fresh and self.partial.exists():
+        if self.fresh and self.journal.exists():
             shutil.rmtree(self.partial)
         if self.journal.exists():
             self._resume()
-            return
-        if self.partial.exists() and any(self.partial.iterdir()):
+        elif self.partial.exists() and (not self.partial.is_dir() or any(self.partial.iterdir())):
             raise UsageError(f"{self.partial} is in the way and is not from an earlier run; move it elsewhere")
+        else:
+            self._begin()
+
+    def _begin(self) -> None:
         with _writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._note({"request": self.request, "what": "unfinished; run the same command again to go on"})
@@ -152,23 +159,38 @@ class Writer:
     @staticmethod
     def check(out: Path, force: bool) -> None:
         """Raises UsageError if `out` cannot become the result; cheap, so that it can be asked before any work."""
+        if Path.cwd().is_relative_to(out.resolve()):
+            raise UsageError(f"{out} is where you are, and cannot be replaced from there; name a new directory")
+        if out.is_mount():
+            raise UsageError(f"{out} is a mount point, and cannot be replaced; name a new directory inside it")
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file; name a directory for the result")
         if out.is_dir() and any(out.iterdir()) and not force:
             raise UsageError(f"{out} exists and is not empty; choose another directory or pass --force")
-        home = next(parent for parent in out.absolute().parents if parent.exists())
+        home = _nearest(out.absolute().parent)
         if not os.access(home, os.W_OK):
             raise UsageError(f"{out}: no permission to write in {home}; choose another directory")
 
     def _resume(self) -> None:
-        lines = [json.loads(line) for line in self.journal.read_text().splitlines() if _is_json(line)]
-        before = lines[0]["request"] if lines else {}
+        # A crash may have cut off the last line; its part does not count as finished, and the next line starts afresh.
+        whole, newline, _ = self.journal.read_text().rpartition("\n")
+        self.journal.write_text(whole + newline)
+        if not whole:
+            return self._begin()
+        lines = [json.loads(line) for line in whole.splitlines()]
+        before = lines[0]["request"]
         differing = [key for key in {**before, **self.request} if before.get(key) != self.request.get(key)]
         if differing:
             details = "; ".join(f"{key}: was {before.get(key)!r}, now {self.request.get(key)!r}" for key in differing)
-            raise UsageError(f"{self.partial} holds an unfinished run of another request ({details}); "
-                             "pass --fresh to start over")
+            raise UsageError(
+                f"{self.partial} holds an unfinished run of another request ({details}); pass --fresh to start over"
+            )
         self.finished = {line["part"]: line["notes"] for line in lines[1:]}
+
+    def abandon(self) -> None:
+        """After an error: leave nothing behind, unless a part that was work to make, one with notes, is finished."""
+        if all(notes is None for notes in self.finished.values()):
+            shutil.rmtree(self.partial, ignore_errors=True)
 
     def _note(self, entry: dict[str, Any]) -> None:
         with self.journal.open("a") as file:
@@ -180,14 +202,17 @@ class Writer:
         return self.partial / f"{part}.part"
 
     def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
-        """Write one part and note it in the journal: from here on it is not lost."""
+        """Write one part and note it in the journal: from here on it is not lost. `notes` come back on resuming."""
         path = self.path_of(part)
         scratch = path.with_suffix(".writing")
         with _writing(path):
-            save_file(_separate(tensors), scratch, metadata={"format": "pt"})
-            with scratch.open("rb+") as file:
-                os.fsync(file.fileno())
-            scratch.replace(path)
+            try:
+                save_file(_separate(tensors), scratch, metadata={"format": "pt"})
+                with scratch.open("rb+") as file:
+                    os.fsync(file.fileno())
+                scratch.replace(path)
+            finally:
+                scratch.unlink(missing_ok=True)  # half a part is of no use, and the disk may be full
             self._note({"part": part, "notes": notes})
         self.finished[part] = notes
 
@@ -200,18 +225,26 @@ class Writer:
         """Join the parts into shards, write everything else with `write_rest(directory)`, and move it all to OUT."""
         ready = self.partial / "ready"
         with _writing(ready):
-            if ready.exists():
-                shutil.rmtree(ready)
+            shutil.rmtree(ready, ignore_errors=True)
             ready.mkdir()
             join([self.path_of(part) for part in parts], ready)
             write_rest(ready)
-            old = self.out.with_name(self.out.name + ".replaced")
-            if self.out.exists():
-                self.out.rename(old)
-            ready.rename(self.out)
-            shutil.rmtree(old, ignore_errors=True)
+            self._swap(ready)
             shutil.rmtree(self.partial)
         return self.out
+
+    def _swap(self, ready: Path) -> None:
+        """What is at OUT gives way to `ready`, and comes back if that cannot take its place."""
+        old = self.partial / "replaced"
+        if self.out.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            self.out.rename(old)
+        try:
+            ready.rename(self.out)
+        except OSError:
+            if old.exists():
+                old.rename(self.out)
+            raise
 
 
 def join(parts: list[Path], directory: Path) -> None:
@@ -254,28 +287,21 @@ def join(parts: list[Path], directory: Path) -> None:
         (directory / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
 
 
-def copy_files(source: Path, target: Path) -> None:
-    """Copy every file of a model directory that holds no weights, subdirectories included."""
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
-            continue
-        place = target / (inside if inside.name != "README.md" else inside.with_name("README.source.md"))
-        place.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, place)
-
-
 @contextmanager
 def _writing(path: Path):
     try:
         yield
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(next(p for p in (path, *path.parents) if p.exists())).free
+        free = shutil.disk_usage(_nearest(path)).free
         raise CheckpointError(
             f"writing {path}: {error} ({free / 2**20:,.0f} MiB free); finished blocks are kept, make room or fix "
             "the permissions and run the same command again"
         ) from None
+
+
+def _nearest(path: Path) -> Path:
+    """The path itself if it exists, else the closest directory above it that does."""
+    return next(place for place in (path, *path.parents) if place.exists())
 
 
 def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -287,12 +313,3 @@ def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(out[name].data_ptr())
     return out
-
-
-def _is_json(line: str) -> bool:
-    # The last line of a journal may have been cut off by a crash; its part simply does not count as finished.
-    try:
-        json.loads(line)
-    except ValueError:
-        return False
-    return True

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import json
+import os
 import sys
 from importlib import import_module
 from typing import Any
@@ -19,23 +19,27 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; every error the package raises ends as one sentence."""
     args = parser().parse_args(argv)
     try:
-        return import_module(f".commands.{args.command}", __package__).run(args)
+        code = import_module(f".commands.{args.command}", __package__).run(args)
+        sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
+        return code
     except WellRoundedError as error:
         print(f"wellrounded {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\nwellrounded {args.command}: stopped. {args.when_stopped}", file=sys.stderr)
+        print(f"\nwellrounded {args.command}: stopped{args.when_stopped}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output (head, less) has gone
-        sys.stderr.close()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
 
 def parser() -> argparse.ArgumentParser:
     """Every option of every command."""
     top = argparse.ArgumentParser(
-        "wellrounded", description="Turn a language model into a few-bit GPTQ checkpoint, prove it, run it.",
-        epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter,
+        "wellrounded",
+        description="Turn a language model into a few-bit GPTQ checkpoint, prove it, run it.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"wellrounded {__version__}")
     verbs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -49,8 +53,13 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _verb(verbs: Any, name: str, does: str, when_stopped: str = "") -> argparse.ArgumentParser:
-    verb = verbs.add_parser(name, help=does, description=does[0].upper() + does[1:] + ".", epilog=EPILOG,
-                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    verb = verbs.add_parser(
+        name,
+        help=does,
+        description=does[0].upper() + does[1:] + ".",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     verb.set_defaults(when_stopped=when_stopped)
     return verb
 
@@ -60,26 +69,59 @@ def _model(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
 
 
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give 1 or more")
+    return int(text)
+
+
+def _not_negative(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give 0 or more")
+    return value
+
+
 def _quantize(verbs: Any) -> None:
-    verb = _verb(verbs, "quantize", "quantize a model to 2, 3, 4 or 8 bits",
-                 "Finished blocks are kept; the same command goes on where it stopped.")
+    verb = _verb(
+        verbs,
+        "quantize",
+        "quantize a model to 2, 3, 4 or 8 bits",
+        "; finished blocks are kept, and the same command goes on where it stopped",
+    )
     _model(verb)
     verb.add_argument("-o", "--out", required=True, metavar="OUT", help="directory for the result")
     scheme = verb.add_argument_group("what is stored")
     scheme.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: 4)")
-    scheme.add_argument("--group-size", type=int, metavar="N",
-                        help="weights that share a scale, -1 for all of an output "
-                             "(default: the largest of 128, 64, 32 that divides every layer)")
+    scheme.add_argument(
+        "--group-size",
+        type=int,
+        metavar="N",
+        help="weights that share a scale, -1 for all of an output "
+        "(default: the largest of 128, 64, 32 that divides every layer)",
+    )
     symmetry = scheme.add_mutually_exclusive_group()
     symmetry.add_argument("--sym", dest="sym", action="store_true", default=True, help="no zero points (default)")
     symmetry.add_argument("--asym", dest="sym", action="store_false", help="integer zero points; fewer engines load it")
     scheme.add_argument("--act-order", action="store_true", help="store an activation order (desc_act); few load it")
-    scheme.add_argument("--ignore", action="append", default=[], metavar="PATTERN",
-                        help="keep layers dense in whose name this regular expression is found (repeatable)")
+    scheme.add_argument(
+        "--ignore",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep layers dense in whose name this regular expression is found (repeatable)",
+    )
     data = verb.add_argument_group("calibration")
-    data.add_argument("--calibration", action="append", metavar="SPEC",
-                      help="wikitext2, c4, ultrachat, pile, builtin, a hub data set, a .txt, .jsonl or .parquet file, "
-                           "NAME:split:num, or none for plain rounding (repeatable; default: builtin)")
+    data.add_argument(
+        "--calibration",
+        action="append",
+        metavar="SPEC",
+        help="wikitext2, c4, ultrachat, pile, builtin, a hub data set, a .txt, .jsonl or .parquet file, "
+        "NAME:split:num, or none for plain rounding (repeatable; default: builtin)",
+    )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="windows (default: 128)")
     data.add_argument("--length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="order of mixed sources (default: 0)")
@@ -98,7 +140,9 @@ def _eval(verbs: Any) -> None:
     verb.add_argument("--against", metavar="ORIGINAL", help="the original: adds KL, top-1 agreement, its perplexity")
     verb.add_argument("--text", action="append", metavar="FILE", help="text to evaluate on (repeatable)")
     verb.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
-    verb.add_argument("--windows", type=int, metavar="N", help="use the first N windows (default: all, 16 of builtin)")
+    verb.add_argument(
+        "--windows", type=_positive, metavar="N", help="use the first N windows (default: all, 16 of builtin)"
+    )
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 
@@ -108,8 +152,14 @@ def _chat(verbs: Any) -> None:
     verb.add_argument("--prompt", metavar="TEXT", help="answer this and exit, instead of asking")
     verb.add_argument("--system", metavar="TEXT", help="system message")
     verb.add_argument("--raw", action="store_true", help="continue the text as it is, without the chat template")
-    verb.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="(default: 256)")
-    verb.add_argument("--temperature", type=float, default=0.0, metavar="T", help="0 always takes the likeliest token")
+    verb.add_argument("--max-new-tokens", type=_positive, default=256, metavar="N", help="(default: 256)")
+    verb.add_argument(
+        "--temperature",
+        type=_not_negative,
+        default=0.0,
+        metavar="T",
+        help="0 always takes the likeliest token (default)",
+    )
     verb.add_argument("--kernel", metavar="NAME", help="use this kernel or fail (see doctor)")
 
 
@@ -118,8 +168,3 @@ def _inspect(verbs: Any) -> None:
     verb.add_argument("model", metavar="DIRECTORY", help="a quantized directory")
     verb.add_argument("--layers", action="store_true", help="a line per layer")
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
-
-
-def print_json(content: Any) -> None:
-    """The one object on standard output."""
-    print(json.dumps(content, indent=2, allow_nan=False, default=str))

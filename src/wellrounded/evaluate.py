@@ -18,6 +18,8 @@ def cut(ids: torch.Tensor, length: int, count: int | None = None) -> torch.Tenso
 
     Raises UsageError if the stream does not fill a single window.
     """
+    if length < 2 or (count is not None and count < 1):
+        raise UsageError(f"{count} windows of {length} tokens were asked for; ask for at least 1 of at least 2 tokens")
     whole = len(ids) // length
     if not whole:
         raise UsageError(f"the text has {len(ids)} tokens, one window needs {length}; give more text")
@@ -26,7 +28,9 @@ def cut(ids: torch.Tensor, length: int, count: int | None = None) -> torch.Tenso
 
 @torch.no_grad()
 def evaluate(
-    model: nn.Module, windows: torch.Tensor, against: nn.Module | None = None,
+    model: nn.Module,
+    windows: torch.Tensor,
+    against: nn.Module | None = None,
     tell: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Any]:
     """Perplexity of `model` on windows int64 [n, length], every token predicted from those before it in its window.
@@ -40,7 +44,12 @@ def evaluate(
         if against is None:
             alone.update(logits, window.to(logits.device))
         else:
-            both.update(_logits(against, window).to(logits.device), logits, window.to(logits.device))
+            original = _logits(against, window).to(logits.device)
+            if original.shape != logits.shape:
+                raise UsageError(
+                    f"the models know {logits.shape[-1]} and {original.shape[-1]} tokens; name the original of this one"
+                )
+            both.update(original, logits, window.to(logits.device))
         tell(done + 1, len(windows))
     figures = alone if against is None else both.quantized
     result: dict[str, Any] = {"perplexity": figures.value, "tokens": figures.tokens}

@@ -34,6 +34,7 @@ class QuantLinear(nn.Module):
         self._matmul: kernels.Matmul | None = None
         self._bound_to: tuple[torch.device, torch.dtype] | None = None
         self.kernel = ""
+        self.register_load_state_dict_post_hook(_unbind)
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight that the buffers hold. Raises CheckpointError if they are damaged."""
@@ -51,10 +52,13 @@ class QuantLinear(nn.Module):
         if self.qweight.device.type == "meta":
             raise CheckpointError(f"{self.name}: its tensors are not loaded yet")
         weight = self.quantized_weight()
-        need = kernels.Need(weight.scheme, self.in_features, self.out_features, self.qweight.device.type, dtype)
+        device = self.qweight.device
+        need = kernels.Need(
+            weight.scheme, self.in_features, self.out_features, device.type, dtype, weight.evenly_grouped
+        )
         kernel = kernels.select(need, self.wanted_kernel)
         self._matmul = kernel.prepare(weight, need)
-        self.kernel, self._bound_to = kernel.NAME, (self.qweight.device, dtype)
+        self.kernel, self._bound_to = kernel.NAME, (device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., in_features] to [..., out_features], in the dtype of `x`."""
@@ -64,6 +68,15 @@ class QuantLinear(nn.Module):
         y = self._matmul(x, self.dense_weight)
         return y if self.bias is None else y + self.bias.to(y.dtype)
 
+    def __getstate__(self) -> dict[str, object]:
+        """Copies and pickles are unbound: a kernel's layout belongs to these buffers on this machine."""
+        return {**self.__dict__, "_matmul": None, "_bound_to": None, "kernel": ""}
+
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel or 'unbound'}"
+
+
+def _unbind(layer: QuantLinear, _keys: object) -> None:
+    """After other tensors were loaded: the kernel that was bound has its own copy of the old ones."""
+    layer._matmul, layer._bound_to, layer.kernel = None, None, ""

@@ -29,6 +29,7 @@ from .model import blocks as layers_of
 from .model.walk import BlockWalk, Stream
 from .report import LayerResult, Report, error_db
 
+BATCH_TOKENS = 4096  # enough for matmuls at full speed
 OUTSIDE = "outside"  # the part that holds everything outside the blocks
 
 
@@ -73,10 +74,9 @@ class Run:
 
     def __init__(
         self, source: Source, recipe: Recipe, calibration: Calibration | None, settings: gptq.Settings,
-        device: str = "cpu", batch: int = 8,
+        device: str = "cpu",
     ) -> None:
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
-        self.batch = batch
         self.walk = BlockWalk(source.model, source.read, device)
         self.schemes, self.kept = plan(source.model, self.walk.names, recipe)
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
@@ -109,10 +109,12 @@ class Run:
         if self.calibration is None:
             return [], [], []
         windows, held = self.calibration.windows, self.calibration.held_out
-        calibrating = [self.walk.stream(windows.ids, windows.mask, self.batch)]
+        batch = max(1, BATCH_TOKENS // windows.length)
+        calibrating = [self.walk.stream(windows.ids, windows.mask, batch)]
         if not len(held):
             return calibrating, [], []
-        return calibrating, *([self.walk.stream(held.ids, held.mask, self.batch)] for _ in range(2))
+        # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
+        return calibrating, *([self.walk.stream(held.ids, held.mask, batch=1)] for _ in range(2))
 
     def _quantize_block(
         self, index: int, block_name: str, block: nn.Module, calibrating: list[Stream]

@@ -1,10 +1,10 @@
 """Blocks and siblings are found by structure: no architecture is named in the code under test, only here."""
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from wellrounded.errors import UsageError
 from wellrounded.model.blocks import find_blocks, linears, observe, oriented, shape_of
 from wellrounded.model.walk import BlockWalk, meta_copy
@@ -75,7 +75,7 @@ def test_a_list_inside_a_block_is_not_mistaken_for_the_blocks():
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
-    with pytest.raises(UsageError, match="Sequential holds no list of blocks; .* block by block"):
+    with pytest.raises(UsageError, match=r"Sequential holds no list of blocks; .* block by block"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 

@@ -1,10 +1,10 @@
 """The walk gives exactly what the model gives, with one block in memory at a time."""
 
 import pytest
-import tiny
 import torch
 from torch import nn
 
+import tiny
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
 from wellrounded.model.walk import BlockWalk, materialize, meta_copy
 
@@ -114,7 +114,7 @@ def test_the_blocks_keep_their_own_forward():
 
 def test_the_blocks_keep_their_own_forward_after_an_error():
     walk = walk_of(tiny.build("llama"))
-    with pytest.raises(UsageError, match="LlamaForCausalLM: its blocks .* cannot be walked"):
+    with pytest.raises(UsageError, match=r"LlamaForCausalLM: its blocks .* cannot be walked"):
         walk.stream(TOKENS + tiny.VOCABULARY, None, batch=2)
     assert not any("forward" in block.__dict__ for block in walk.blocks)
 

@@ -7,18 +7,23 @@ import sys
 from typing import Any
 
 from ..errors import UsageError
-from .terminal import quiet_libraries, stderr
+from .terminal import stderr
 
 
 def run(args: argparse.Namespace) -> int:
     """Answer --prompt and exit, or talk until an empty line or end of input."""
-    quiet_libraries()
     from ..hf.load import load_with_tokenizer
+    from ..hf.quiet import quiet
+
+    quiet()
 
     model, tokenizer = load_with_tokenizer(args.model, kernel=args.kernel, trust_remote_code=args.trust_remote_code)
     if tokenizer is None:
         raise UsageError(f"{args.model}: has no tokenizer, so it cannot chat")
     raw = args.raw or not getattr(tokenizer, "chat_template", None)
+    if args.system and raw:
+        why = "--raw was asked for" if args.raw else "this model has no chat template"
+        raise UsageError(f"--system has no place to go, because {why}; put it into the prompt")
     messages = [{"role": "system", "content": args.system}] if args.system else []
     if args.prompt is not None:
         _answer(model, tokenizer, args, [*messages, {"role": "user", "content": args.prompt}], raw)
@@ -48,15 +53,20 @@ def _answer(model: Any, tokenizer: Any, args: argparse.Namespace, messages: list
     else:
         text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     inputs = tokenizer(text, return_tensors="pt", add_special_tokens=raw).to(model.device)
+    if not inputs["input_ids"].numel():
+        raise UsageError("the prompt is empty; give at least a word to continue")
     sampling = {"do_sample": True, "temperature": args.temperature} if args.temperature > 0 else {"do_sample": False}
     started = time.perf_counter()
     if raw:
         print(text, end="", flush=True)
     output = model.generate(
-        **inputs, max_new_tokens=args.max_new_tokens, pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
-        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True), **sampling,
+        **inputs,
+        max_new_tokens=args.max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id or tokenizer.eos_token_id,
+        streamer=TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True),
+        **sampling,
     )
     made = output[0, inputs["input_ids"].shape[1] :]
     sys.stdout.flush()
-    stderr.print(f"[dim]{len(made) / (time.perf_counter() - started):.1f} tokens/s")
+    stderr.print(f"{len(made) / (time.perf_counter() - started):.1f} tokens/s", style="dim")
     return tokenizer.decode(made, skip_special_tokens=True)

@@ -7,12 +7,17 @@ import platform
 from importlib import metadata
 
 from .. import __version__
-from ..cli import print_json
-from .terminal import print_table, stdout
+from .terminal import print_json, print_table, stdout
 
 PACKAGES = {
-    "torch": "", "transformers": "", "safetensors": "", "huggingface_hub": "", "accelerate": "",
-    "gguf": "reads .gguf files", "datasets": "calibration data sets by name", "pyarrow": "reads .parquet files",
+    "torch": "",
+    "transformers": "",
+    "safetensors": "",
+    "huggingface_hub": "",
+    "accelerate": "",
+    "gguf": "reads .gguf files",
+    "datasets": "calibration data sets by name",
+    "pyarrow": "reads .parquet files",
 }
 EXTRAS = {"gguf": "gguf", "datasets": "data", "pyarrow": "data"}
 
@@ -38,13 +43,27 @@ def run(args: argparse.Namespace) -> int:
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }
     if args.json:
-        print_json({"wellrounded": __version__, "packages": versions, **hardware,
-                    "kernels": {k: [{"kernel": n, "refuses": r} for n, r in v] for k, v in chosen.items()}})
+        print_json(
+            {
+                "wellrounded": __version__,
+                "packages": versions,
+                **hardware,
+                "kernels": {k: [{"kernel": n, "refuses": r} for n, r in v] for k, v in chosen.items()},
+            }
+        )
         return 0
     print_table([("wellrounded", __version__), *((k, v if v is not None else "none") for k, v in hardware.items())])
     stdout.print()
-    print_table([(name, versions[name] or f"not installed ({PACKAGES[name]}: "
-                 f'pip install "wellrounded\\[{EXTRAS.get(name, "")}]")') for name in PACKAGES])
+    print_table(
+        [
+            (
+                name,
+                versions[name]
+                or f'not installed ({PACKAGES[name]}: pip install "wellrounded[{EXTRAS.get(name, "")}]")',
+            )
+            for name in PACKAGES
+        ]
+    )
     stdout.print()
     rows = []
     for scheme_name, answers in chosen.items():

@@ -6,25 +6,30 @@ import argparse
 import time
 from pathlib import Path
 
-from ..cli import print_json
 from ..errors import UsageError
-from .terminal import print_table, progress, quiet_libraries
+from .terminal import print_json, print_table, progress
 
 BUILTIN_WINDOWS = 16
 
 
 def run(args: argparse.Namespace) -> int:
     """Perplexity on the texts, and with --against the distance to the original."""
-    quiet_libraries()
     from ..api import evaluate
     from ..calibration import builtin
+    from ..hf.quiet import quiet
+
+    quiet()
 
     text = "".join(_read(name) for name in args.text) if args.text else builtin.proof_text()
     windows = args.windows if args.text or args.windows else BUILTIN_WINDOWS
     started = time.perf_counter()
     with progress("evaluating, window") as bar:
         result = evaluate(
-            args.model, text, against=args.against, length=args.length, windows=windows,
+            args.model,
+            text,
+            against=args.against,
+            length=args.length,
+            windows=windows,
             trust_remote_code=args.trust_remote_code,
             progress=lambda done, total: bar.step(done, total, time.perf_counter() - started),
         )
@@ -35,8 +40,10 @@ def run(args: argparse.Namespace) -> int:
     if args.against:
         rows += [
             ("original", f"{result['against']['perplexity']:.3f}"),
-            ("KL to original", f"{result['kl_mean']:.4f} mean, {result['kl_median']:.4f} median, "
-                               f"{result['kl_p99']:.3f} at 99%"),
+            (
+                "KL to original",
+                f"{result['kl_mean']:.4f} mean, {result['kl_median']:.4f} median, {result['kl_p99']:.3f} at 99%",
+            ),
             ("same top token", f"{result['top1_agreement']:.1%}"),
         ]
     text_name = ", ".join(args.text) if args.text else "built-in English and code"

@@ -6,28 +6,42 @@ import argparse
 import shlex
 from typing import Any
 
-from ..cli import print_json
 from ..errors import UsageError
-from .terminal import print_table, progress, quiet_libraries, stderr, stdout
+from .terminal import print_json, print_table, progress, stderr, stdout
 
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, print the table (or the JSON), and say how to use the result; 3 if it failed its own check."""
-    quiet_libraries()
     from ..api import quantize
+    from ..hf.quiet import quiet
+
+    quiet()
 
     with progress("quantizing, block") as bar:
         report = quantize(
-            args.model, args.out, bits=args.bits, group_size=args.group_size, sym=args.sym, act_order=args.act_order,
-            calibration=_calibration(args.calibration), samples=args.samples, length=args.length, seed=args.seed,
-            ignore=args.ignore, device=args.device, force=args.force, fresh=args.fresh,
+            args.model,
+            args.out,
+            bits=args.bits,
+            group_size=args.group_size,
+            sym=args.sym,
+            act_order=args.act_order,
+            calibration=_calibration(args.calibration),
+            samples=args.samples,
+            length=args.length,
+            seed=args.seed,
+            ignore=args.ignore,
+            device=args.device,
+            force=args.force,
+            fresh=args.fresh,
             trust_remote_code=args.trust_remote_code,
             progress=lambda p: bar.step(p.done, p.total, p.seconds),
         )
     if args.json:
         print_json(report.to_dict())
     else:
-        print_table(report.summary(), f"{report.source} -> {report.out}")
+        used = report.calibration["description"].splitlines() if report.calibration else ["none: plain rounding"]
+        rows = [*report.summary(), *(("calibration", line) for line in used)]
+        print_table(rows, f"{report.source} -> {report.out}")
         out = shlex.quote(report.out)
         stdout.print(f"\nrun it:   wellrounded chat {out}")
         if not report.notes:
@@ -36,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
     for note in report.notes:
         stderr.print(f"note: {note}")
     for problem in report.problems():
-        stderr.print(f"[bold red]check failed:[/] {problem}")
+        stderr.print(f"check failed: {problem}", style="bold red")
     return 3 if report.problems() else 0
 
 

@@ -2,34 +2,34 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.text import Text
 
-stdout = Console(highlight=False, soft_wrap=True)
-stderr = Console(stderr=True, highlight=False, soft_wrap=True)
+from ..card import to_json
 
-
-def quiet_libraries() -> None:
-    """Other libraries' progress bars and advice would drown ours; their errors still show. For the commands only."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import transformers
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+# Names and patterns are printed as they are, brackets included, and lines as long as they are, into pipes too.
+PLAIN = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
+stdout = Console(**PLAIN)
+stderr = Console(stderr=True, **PLAIN)
 
 
-def print_table(rows: list[tuple[str, Any]], title: str | None = None) -> None:
+def print_json(content: Any) -> None:
+    """The one object on standard output."""
+    print(to_json(content))
+
+
+def print_table(rows: list[tuple[str, Any]], title: str = "") -> None:
     """Two columns, on standard output."""
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    if title:
+        stdout.print(title, style="italic")
+    width = max(len(label) for label, _ in rows)
     for label, value in rows:
-        table.add_row(f"[bold]{label}", str(value))
-    stdout.print(table)
+        stdout.print(Text.assemble((label.ljust(width), "bold"), "  ", str(value)))
 
 
 class Bar:
@@ -39,8 +39,13 @@ class Bar:
         self.what = what
         self.lines = not stderr.is_terminal
         self.bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed:.0f}/{task.total:.0f}"),
-            TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(elapsed_when_finished=False), console=stderr,
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(elapsed_when_finished=False),
+            console=stderr,
         )
         self.task = self.bar.add_task(what, total=None)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
-ROWS = 128  # token positions turned into float32 log-probabilities at a time
+ROWS = 32  # token positions turned into float32 log-probabilities at a time: a vocabulary is large
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Fidelity:
 
     original: Perplexity = field(default_factory=Perplexity)
     quantized: Perplexity = field(default_factory=Perplexity)
-    kl: list[torch.Tensor] = field(default_factory=list)
+    kl: list[float] = field(default_factory=list)
     agreeing: int = 0
 
     def update(
@@ -49,11 +49,13 @@ class Fidelity:
         for (p_rows, _), (q_rows, _) in pairs:
             p, q = F.log_softmax(p_rows.float(), -1), F.log_softmax(q_rows.float(), -1)
             self.agreeing += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.kl.append((p.exp() * (p - q)).sum(-1).cpu())
+            # Plain numbers: a small tensor kept between large temporary ones would pin their memory.
+            mass = p.exp()
+            self.kl += (mass * (p - q)).masked_fill_(mass == 0, 0).sum(-1).tolist()  # -inf logits: 0 * log 0 is 0
 
     def to_dict(self) -> dict[str, float | int]:
         """KL(original || quantized) in nats per token, agreement as a fraction, both perplexities, tokens compared."""
-        kl = torch.cat(self.kl).double() if self.kl else torch.full((1,), math.nan)
+        kl = torch.tensor(self.kl or [math.nan], dtype=torch.float64)
         return {
             "perplexity": self.quantized.value,
             "original_perplexity": self.original.value,

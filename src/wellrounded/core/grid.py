@@ -76,8 +76,8 @@ def _search_rows(
     """Scales (already float16-exact) and zeros, float32 [rows, groups], for weights [rows, groups, width]."""
     weighted = weight * energy
     best_gain = torch.full(weight.shape[:2], -1.0, device=weight.device)
-    best_scale = torch.empty_like(best_gain)
-    best_zero = torch.empty_like(best_gain)
+    best_scale = torch.full_like(best_gain, torch.inf)  # stays where no candidate can be judged: the caller raises
+    best_zero = torch.zeros_like(best_gain)
     for scale, zero in _candidates(weight, scheme, candidates):
         scale = _storable(scale)
         steps = _round(weight, scale, zero, scheme)

@@ -65,14 +65,14 @@ class Hessian:
     def matrix(self) -> torch.Tensor:
         """[size, size] float32: the mean of x x^T. Raises NumericsError if the inputs held NaN or Inf."""
         upper = torch.triu(self._upper) / max(self.tokens, 1)
-        full = upper + torch.triu(upper, 1).T
-        if not torch.isfinite(full).all():
-            raise NumericsError("the inputs of this layer hold NaN or Inf")
-        return full
+        return _finite(upper + torch.triu(upper, 1).T)
 
     def diagonal(self) -> torch.Tensor:
-        """[size] float32: the mean of x_j^2. Zero marks a dead column, one that no input ever reached."""
-        return self._upper.diagonal() / max(self.tokens, 1)
+        """[size] float32: the mean of x_j^2. Zero marks a dead column, one that no input ever reached.
+
+        Raises NumericsError if the inputs held NaN or Inf.
+        """
+        return _finite(self._upper.diagonal() / max(self.tokens, 1))
 
 
 def factor(matrix: torch.Tensor, damping: float) -> Factor:
@@ -81,7 +81,7 @@ def factor(matrix: torch.Tensor, damping: float) -> Factor:
     R is the Cholesky factor of the index-reversed matrix, reversed back. The damping is per column,
     `lambda_j = damping * (H_jj / 2 + median(diag H))`: a few massive channels dominate the usual mean of the diagonal
     and silently turn GPTQ into plain rounding. Dead columns are decoupled, so they are rounded plainly. When the
-    factorization fails it is tried in float64, then with ten times the damping, up to 1.0.
+    factorization fails it is tried in float64, then with ten times the damping (1e-4 at least), up to 1.0.
 
     Raises FactorError when all of that fails.
     """
@@ -91,14 +91,21 @@ def factor(matrix: torch.Tensor, damping: float) -> Factor:
         raise FactorError("every input column of this layer is dead: no calibration token reached it")
     ridge = 0.5 * diagonal + live.median()
     strength = damping
-    while strength <= 1.0:
+    while True:
         damped = matrix + torch.diag(strength * ridge)
         for dtype in (torch.float32, torch.float64):
             lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
             if not failed and torch.isfinite(lower).all():
                 return Factor(lower.flip(0, 1).float(), damped, strength)
-        strength *= 10
-    raise FactorError(f"the Hessian is not positive definite even with damping {strength / 10:g}")
+        if strength >= 1.0:
+            raise FactorError(f"the Hessian is not positive definite even with damping {strength:g}")
+        strength = min(max(10 * strength, 1e-4), 1.0)
+
+
+def _finite(moment: torch.Tensor) -> torch.Tensor:
+    if not torch.isfinite(moment).all():
+        raise NumericsError("the inputs of this layer hold NaN or Inf")
+    return moment
 
 
 @contextmanager

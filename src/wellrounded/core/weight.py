@@ -45,6 +45,12 @@ class QuantizedWeight:
         trivial = self.scheme.trivial_group_index(self.shape[1])
         return torch.equal(self.group_index, trivial.to(self.group_index.device))
 
+    @property
+    def evenly_grouped(self) -> bool:
+        """Whether the groups are as large as trivial ones, whichever columns they hold; a file may say otherwise."""
+        trivial = self.scheme.trivial_group_index(self.shape[1])
+        return torch.equal(self.group_index.sort().values, trivial.to(self.group_index.device))
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """[out, in] dense weights, computed in float32 and rounded once to `dtype`."""
         groups = self.group_index.long()

@@ -51,24 +51,34 @@ class Quantizer(HfQuantizer):
     def __init__(self, quantization_config: GPTQConfig, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
         self.stored = config_format.from_config(quantization_config.to_dict())
+        self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
-        headers = _headers(checkpoint_files or [])
-        for name, scheme in _planned(model, self.stored.recipe, headers).items():
+        prefix = f"{model.base_model_prefix}."
+        stored = {name.removeprefix(prefix): entry for name, entry in _headers(checkpoint_files or []).items()}
+        for name, scheme in _planned(model, self.stored.recipe, stored, prefix).items():
             layer = model.get_submodule(name)
             outputs, inputs = shape_of(layer)
             replacement = QuantLinear(
                 inputs, outputs, scheme, self.stored.version, layer.bias is not None, name, model.config.dtype
             )
+            # Some models (GPT-2, Mamba) give their layers' weights a first value before the files are read.
+            replacement.weight = _nothing_to_initialize()
             parent, _, leaf = name.rpartition(".")
             setattr(model.get_submodule(parent), leaf, replacement.to("meta"))
+            if f"{name.removeprefix(prefix)}.g_idx" not in stored:
+                self.without_index.add(name)
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for module in model.modules():
-            if isinstance(module, QuantLinear) and module.qweight.device.type != "meta":
-                module.bind(model.dtype)
+        for module in (m for m in model.modules() if isinstance(m, QuantLinear)):
+            del module.weight
+            if module.qweight.device.type == "meta":
+                continue
+            if module.name in self.without_index:  # its buffer holds whatever was in memory
+                module.g_idx = module.scheme.trivial_group_index(module.in_features).to(module.qweight.device)
+            module.bind(model.dtype)
         return model
 
     @property
@@ -81,6 +91,12 @@ class Quantizer(HfQuantizer):
         return True
 
 
+def _nothing_to_initialize() -> torch.Tensor:
+    empty = torch.empty(0)
+    empty._is_hf_initialized = True
+    return empty
+
+
 def _headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
     """Shape and dtype of every tensor in safetensors files."""
     found = {}
@@ -90,14 +106,13 @@ def _headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype |
     return found
 
 
-def _planned(model: nn.Module, recipe: Recipe, headers: dict) -> dict[str, Any]:
+def _planned(model: nn.Module, recipe: Recipe, stored: dict, prefix: str) -> dict[str, Any]:
     """Each linear layer that the files hold packed, with its scheme, its tensors' shapes checked.
 
+    `stored` is what the files hold, by name without the base model's `prefix`, which some of them leave out.
     Raises CheckpointError for a layer that is neither packed nor dense in the files, for tensors of the wrong shape,
     and for packed tensors that no layer of the model would take.
     """
-    prefix = f"{model.base_model_prefix}."
-    stored = {name.removeprefix(prefix): entry for name, entry in headers.items()}
     blocks = tuple(f"{name}." for name in find_blocks(model))
     planned: dict[str, Any] = {}
     for name, module in model.named_modules():

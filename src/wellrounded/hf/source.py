@@ -14,16 +14,15 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from ..checkpoint import Reader, Source, copy_files
+from ..card import copy_files
+from ..checkpoint import Reader, Source
 from ..errors import CheckpointError, UsageError
 from ..model.walk import meta_copy
 
 COMPUTE = torch.bfloat16  # fast wherever there is hardware for it, and wide enough for every model's activations
 
 
-def open_source(
-    model: str | Path | torch.nn.Module, tokenizer: Any = None, trust_remote_code: bool = False
-) -> Source:
+def open_source(model: str | Path | torch.nn.Module, tokenizer: Any = None, trust_remote_code: bool = False) -> Source:
     """The dense model behind a hub id, a directory, a .gguf file or an object, ready for wellrounded's pipeline.
 
     Weights are read from safetensors (or GGUF) only, and code from the hub runs only with `trust_remote_code`.
@@ -63,11 +62,17 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
     names = _stored_names(model, set(reader.places))
     if names is None:
         # The file's tensors become the model's by more than renaming (fused experts, say): transformers does it.
-        loaded = AutoModelForCausalLM.from_pretrained(
-            directory, dtype="auto", use_safetensors=True, trust_remote_code=trust_remote_code
+        loaded, found = AutoModelForCausalLM.from_pretrained(
+            directory,
+            dtype="auto",
+            use_safetensors=True,
+            trust_remote_code=trust_remote_code,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
         )
+        refuse_gaps(directory, found)
         source = _from_memory(loaded, tokenizer or load_tokenizer(directory, trust_remote_code), label)
-        source.config, source.fingerprint = json.loads((directory / "config.json").read_text()), reader.fingerprint()
+        source.config, source.fingerprint = json.loads((directory / "config.json").read_bytes()), reader.fingerprint()
         source.write_files = lambda target: copy_files(directory, target)
         return source
 
@@ -77,10 +82,29 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
     used = set(names.values())
     extras = {name: (lambda name=name: reader.read(name)) for name in reader.places if name not in used}
     return Source(
-        label, model, read, lambda name: names.get(name, name), extras,
-        json.loads((directory / "config.json").read_text()), lambda target: copy_files(directory, target),
-        reader.bytes, reader.fingerprint(), tokenizer or load_tokenizer(directory, trust_remote_code),
+        label,
+        model,
+        read,
+        lambda name: names.get(name, name),
+        extras,
+        json.loads((directory / "config.json").read_bytes()),
+        lambda target: copy_files(directory, target),
+        reader.bytes,
+        reader.fingerprint(),
+        tokenizer or load_tokenizer(directory, trust_remote_code),
     )
+
+
+def refuse_gaps(directory: Path, found: dict[str, Any]) -> None:
+    """transformers fills what a checkpoint lacks with random numbers and a warning; here it is an error."""
+    for name, stored, needed in sorted(found["mismatched_keys"]):
+        raise CheckpointError(
+            f"{directory}: {name} is {list(stored)}, the model needs {list(needed)}; the files and "
+            "config.json do not belong together, download both again"
+        )
+    if missing := sorted(name for name in found["missing_keys"] if not name.endswith(".g_idx")):  # may be left out
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise CheckpointError(f"{directory}: none of its files has {missing[0]}{more}; download it again")
 
 
 def _stored_names(model: transformers.PreTrainedModel, stored: set[str]) -> dict[str, str] | None:
@@ -123,8 +147,15 @@ def _from_gguf(path: Path) -> Source:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     stat = path.stat()
     return Source(
-        path.stem, model, tensors.get, lambda name: name, {}, _plain_config(config, model),
-        lambda target: _save_files(model, tokenizer, target), size, f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
+        path.stem,
+        model,
+        tensors.get,
+        lambda name: name,
+        {},
+        _plain_config(config, model),
+        lambda target: _save_files(model, tokenizer, target),
+        size,
+        f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
         tokenizer,
     )
 
@@ -139,9 +170,16 @@ def _from_memory(model: torch.nn.Module, tokenizer: Any, label: str) -> Source:
     for name, tensor in tensors.items():
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.double().sum().item()!r}".encode())
     return Source(
-        label, skeleton, tensors.get, lambda name: name, {}, _plain_config(model.config, model),
-        lambda target: _save_files(model, tokenizer, target), sum(t.numel() * t.element_size() for t in distinct),
-        digest.hexdigest(), tokenizer,
+        label,
+        skeleton,
+        tensors.get,
+        lambda name: name,
+        {},
+        _plain_config(model.config, model),
+        lambda target: _save_files(model, tokenizer, target),
+        sum(t.numel() * t.element_size() for t in distinct),
+        digest.hexdigest(),
+        tokenizer,
     )
 
 
@@ -153,11 +191,29 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> transformer
         config = AutoConfig.from_pretrained(directory, trust_remote_code=trust_remote_code)
     except (ValueError, OSError, KeyError) as error:
         raise UsageError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
+    apart = directory / "quantize_config.json"  # where old tools described the quantization, and nowhere else
+    if not getattr(config, "quantization_config", None) and apart.is_file():
+        config.quantization_config = _read_quantization(apart)
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise UsageError(f"{directory}: a {config.model_type!r} model, which is not a causal language model "
-                         "that transformers can build")
+        raise UsageError(
+            f"{directory}: a {config.model_type!r} model, which is not a causal language model "
+            "that transformers can build"
+        )
+    # Encoders have a causal variant in transformers, which generates only if it was trained for it.
+    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder:
+        raise UsageError(
+            f"{directory}: a {config.model_type!r} model fills gaps in a text and does not continue it; "
+            "wellrounded quantizes causal language models"
+        )
     return config
+
+
+def _read_quantization(path: Path) -> dict[str, Any]:
+    try:
+        return {"quant_method": "gptq", **json.loads(path.read_bytes())}
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{path}: not a JSON object ({error}); download it again") from None
 
 
 def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:

@@ -27,13 +27,17 @@ class Matmul(Protocol):
 
 @dataclass(frozen=True)
 class Need:
-    """What a layer asks of a kernel: its storage, its shape, and where and in which dtype it will run."""
+    """What a layer asks of a kernel: its storage, its shape, and where and in which dtype it will run.
+
+    `even` is QuantizedWeight.evenly_grouped: without it, sorting the columns by group does not make full groups.
+    """
 
     scheme: Scheme
     in_features: int
     out_features: int
     device: str
     dtype: torch.dtype
+    even: bool = True
 
 
 class Kernel(Protocol):

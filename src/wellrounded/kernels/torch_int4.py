@@ -34,6 +34,8 @@ def refuses(need: Need) -> str | None:
         return f"it holds at most 4 bits, the layer has {need.scheme.bits}"
     if need.out_features % 16:
         return f"it needs outputs in multiples of 16, the layer has {need.out_features}"
+    if not need.even:
+        return "it needs groups of equal size, the group index of this layer makes others"
     if _group(need) is None:
         width = need.scheme.columns_per_group(need.in_features)
         return f"no group of {GROUPS} divides both {need.in_features} inputs and their groups of {width}"
@@ -41,7 +43,7 @@ def refuses(need: Need) -> str | None:
 
 
 def prepare(weight: QuantizedWeight, need: Need) -> Matmul:
-    """Pack codes for the kernel; many rows, and inputs that need a gradient, take the reference way."""
+    """Pack codes for the kernel; many rows, none, and inputs that need a gradient take the reference way."""
     group = _group(need)
     assert group is not None, "prepare is called only when refuses() is None"
     order = None if weight.trivially_grouped else torch.argsort(weight.group_index.long(), stable=True)
@@ -60,7 +62,8 @@ def prepare(weight: QuantizedWeight, need: Need) -> Matmul:
 
     def matmul(x: torch.Tensor, dense: Dense) -> torch.Tensor:
         rows = x.numel() // x.shape[-1]
-        if rows > FEW_ROWS or x.dtype != need.dtype or (x.requires_grad and torch.is_grad_enabled()):
+        trained = x.requires_grad and torch.is_grad_enabled()
+        if not 0 < rows <= FEW_ROWS or x.dtype != need.dtype or trained:
             return reference.matmul(x, dense)
         flat = x.reshape(rows, -1) if order is None else x.reshape(rows, -1)[:, order]
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), packed, group, scales_and_zeros)

@@ -1,0 +1,14 @@
+"""Keeps Hugging Face's libraries from talking over the command line."""
+
+from __future__ import annotations
+
+import os
+
+
+def quiet() -> None:
+    """Their progress bars and advice would drown ours; their errors still show. For the commands only."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()

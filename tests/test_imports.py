@@ -1,0 +1,61 @@
+"""The house: imports point down, and each foreign library has one room."""
+
+import ast
+from fnmatch import fnmatch
+from pathlib import Path
+
+import pytest
+
+import wellrounded
+
+ROOT = Path(wellrounded.__file__).parent
+LEVELS = {
+    **dict.fromkeys(["errors"], 0),
+    **dict.fromkeys(["core"], 1),
+    **dict.fromkeys(["formats", "kernels", "model"], 2),
+    **dict.fromkeys(["nn", "checkpoint", "report", "calibration", "card", "memory"], 3),
+    **dict.fromkeys(["hf", "pipeline", "evaluate"], 4),
+    **dict.fromkeys(["api", "cli", "commands", "__init__", "__main__"], 5),
+}
+STRANGERS = {2, 4}  # rooms on these levels do not know each other either
+HOMES = {"safetensors": "checkpoint.py", "triton": "kernels/triton*.py", "transformers": "hf/*", "peft": "hf/*",
+         "huggingface_hub": "hf/*"}  # fmt: skip
+FILES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py"))]
+
+
+def imported(file: str) -> set[str]:
+    """Absolute names of everything a file imports, wherever in it; `from a import b` counts as a.b."""
+    package = ["wellrounded", *Path(file).parent.parts]
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / file).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) + 1 - node.level] if node.level else []
+            start = ".".join([*base, *([node.module] if node.module else [])])
+            names |= {f"{start}.{alias.name}" for alias in node.names}
+    return names - {"wellrounded.__version__"}
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_imports_point_down(file):
+    room = Path(file).parts[0].removesuffix(".py")
+    for name in imported(file):
+        if name.startswith("wellrounded."):
+            other = name.split(".")[1]
+            assert LEVELS[other] <= LEVELS[room], f"{file} imports {name} from above"
+            assert other == room or LEVELS[room] != LEVELS[other] or LEVELS[room] not in STRANGERS, f"{file}: {name}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_foreign_libraries_stay_in_their_rooms(file):
+    for name in imported(file):
+        home = HOMES.get(name.split(".")[0])
+        assert home is None or fnmatch(file, home), f"{file} imports {name}, which belongs into {home}"
+
+
+def test_the_rules_would_notice():
+    assert {"wellrounded.core.weight.QuantizedWeight", "torch"} <= imported("nn.py")
+    assert {"wellrounded.kernels", "wellrounded.formats.gptq"} <= imported("nn.py")
+    assert "safetensors.safe_open" in imported("checkpoint.py")
+    assert "wellrounded.hf.load.load" in imported("__init__.py")
