@@ -66,7 +66,6 @@ def test_a_single_file_is_read_by_name(llama):
     reader, stored = Reader(llama), load_file(llama / "model.safetensors")
     assert reader.places.keys() == stored.keys()
     assert_equal({name: reader.read(name) for name in stored}, stored)
-    assert reader.shapes["model.norm.weight"] == (64,)
     assert reader.bytes == sum(t.numel() * t.element_size() for t in stored.values())
 
 
@@ -80,7 +79,10 @@ def test_shards_are_read_as_one(llama, sharded):
 def test_files_without_an_index_are_all_read(tmp_path):
     save_file({"a": torch.ones(1)}, tmp_path / "one.safetensors")
     save_file({"b": torch.ones(2)}, tmp_path / "two.safetensors")
-    assert Reader(tmp_path).shapes == {"a": (1,), "b": (2,)}
+    assert {name: path.name for name, path in Reader(tmp_path).places.items()} == {
+        "a": "one.safetensors",
+        "b": "two.safetensors",
+    }
 
 
 def test_the_fingerprint_changes_with_the_file(llama, copy_of):
@@ -228,8 +230,8 @@ def test_another_request_is_not_continued_and_the_difference_is_named(tmp_path):
     with pytest.raises(UsageError) as caught:
         Writer(tmp_path / "out", {**REQUEST, "bits": 3, "new": True})
     message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'out.partial'} holds an unfinished run of another request")
-    assert "(bits: was 4, now 3; new: was None, now True); pass --fresh to start over" in message
+    assert message.startswith(f"{tmp_path / 'out.partial'} holds another request's unfinished run")
+    assert "(bits: was 4, now 3; new: was None, now True); --fresh starts over" in message
     assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0", "layers.1"]
 
 

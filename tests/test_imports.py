@@ -13,7 +13,7 @@ LEVELS = {
     **dict.fromkeys(["errors"], 0),
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
-    **dict.fromkeys(["nn", "checkpoint", "report", "calibration", "card", "memory"], 3),
+    **dict.fromkeys(["nn", "checkpoint", "report", "calibration", "card", "memory", "plan"], 3),
     **dict.fromkeys(["hf", "pipeline", "evaluate"], 4),
     **dict.fromkeys(["api", "cli", "commands", "__init__", "__main__"], 5),
 }

@@ -373,7 +373,7 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
 def test_an_interrupted_run_is_not_finished_by_another_request(change, named, llama, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         tiny.quantize(llama, tmp_path / "out", progress=stop_after(1))
-    with pytest.raises(UsageError, match=f"holds an unfinished run of another request .*{named}.*pass --fresh"):
+    with pytest.raises(UsageError, match=f"holds another request's unfinished run .*{named}.*--fresh starts over"):
         tiny.quantize(llama, tmp_path / "out", **change)
     tiny.quantize(llama, tmp_path / "out", **change, fresh=True)
     assert not (tmp_path / "out.partial").exists()
@@ -418,3 +418,19 @@ def test_a_result_and_its_source_must_not_lie_one_inside_the_other(place, llama,
 def test_an_unknown_device_is_refused_before_the_model_is_read(tmp_path):
     with pytest.raises(UsageError, match="device 'cuda:99' was asked for"):
         wr.quantize("no/such-model", tmp_path / "out", device="cuda:99")
+
+
+def test_what_the_blocks_hold_besides_linear_layers_is_said_and_fails_the_check(tmp_path):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        num_local_experts=4, vocab_size=300,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    report = tiny.quantize(model, tmp_path / "out")
+    assert report.overlooked > 0.5
+    assert any("three-dimensional" in reason and "experts" in name for name, reason in report.kept.items())
+    assert any("stayed dense without being asked" in problem for problem in report.problems())
+    asked = tiny.quantize(model, tmp_path / "asked", ignore=["experts"])
+    assert asked.overlooked < 0.05 and not asked.problems()

@@ -59,15 +59,11 @@ class Reader:
     """
 
     def __init__(self, directory: Path) -> None:
-        self.directory = directory
         self.places: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
         self.bytes = 0
         for path in _weight_files(directory):
             header, start = read_header(path)
-            for name, entry in header.items():
-                self.places[name] = path
-                self.shapes[name] = tuple(entry["shape"])
+            self.places |= dict.fromkeys(header, path)
             self.bytes += path.stat().st_size - start
 
     def read(self, name: str) -> torch.Tensor:
@@ -85,7 +81,7 @@ def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
         missing = [name for name in names if not (directory / name).exists()]
@@ -95,8 +91,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{len(missing)} of {len(names)} shards are missing, download them again"
             )
         return [directory / name for name in names]
-    single = directory / "model.safetensors"
-    files = [single] if single.exists() else sorted(directory.glob("*.safetensors"))
+    files = list(directory.glob("model.safetensors")) or sorted(directory.glob("*.safetensors"))
     if not files:
         others = [f.name for f in directory.iterdir() if f.suffix in WEIGHT_SUFFIXES] if directory.is_dir() else []
         seen = f"only {', '.join(sorted(others)[:3])}" if others else "no weights at all"
@@ -144,14 +139,10 @@ class Writer:
         self.check(self.out, self.force)
         if self.fresh and self.journal.exists():
             shutil.rmtree(self.partial)
-        if self.journal.exists():
-            self._resume()
-        elif self.partial.exists() and (not self.partial.is_dir() or any(self.partial.iterdir())):
+        if self.journal.exists() and self._resume():
+            return
+        if self.partial.exists() and set(self.partial.iterdir()) - {self.journal}:
             raise UsageError(f"{self.partial} is in the way and is not from an earlier run; move it elsewhere")
-        else:
-            self._begin()
-
-    def _begin(self) -> None:
         with _writing(self.partial):
             self.partial.mkdir(parents=True, exist_ok=True)
             self._note({"request": self.request, "what": "unfinished; run the same command again to go on"})
@@ -171,21 +162,21 @@ class Writer:
         if not os.access(home, os.W_OK):
             raise UsageError(f"{out}: no permission to write in {home}; choose another directory")
 
-    def _resume(self) -> None:
+    def _resume(self) -> bool:
+        """Take over what an earlier run has finished; False if it had not come to its first line."""
         # A crash may have cut off the last line; its part does not count as finished, and the next line starts afresh.
         whole, newline, _ = self.journal.read_text().rpartition("\n")
         self.journal.write_text(whole + newline)
         if not whole:
-            return self._begin()
+            return False
         lines = [json.loads(line) for line in whole.splitlines()]
         before = lines[0]["request"]
         differing = [key for key in {**before, **self.request} if before.get(key) != self.request.get(key)]
         if differing:
             details = "; ".join(f"{key}: was {before.get(key)!r}, now {self.request.get(key)!r}" for key in differing)
-            raise UsageError(
-                f"{self.partial} holds an unfinished run of another request ({details}); pass --fresh to start over"
-            )
+            raise UsageError(f"{self.partial} holds another request's unfinished run ({details}); --fresh starts over")
         self.finished = {line["part"]: line["notes"] for line in lines[1:]}
+        return True
 
     def abandon(self) -> None:
         """After an error: leave nothing behind, unless a part that was work to make, one with notes, is finished."""
@@ -249,35 +240,29 @@ class Writer:
 
 def join(parts: list[Path], directory: Path) -> None:
     """Concatenate safetensors files, bytes as they are, into model shards of about SHARD_BYTES and an index."""
-    headers = [read_header(part) for part in parts]
-    shards: list[list[int]] = [[]]
-    filled = 0
-    for i, part in enumerate(parts):
-        size = part.stat().st_size
-        if shards[-1] and filled + size > SHARD_BYTES:
+    shards: list[list[Path]] = [[]]
+    for part in parts:
+        if shards[-1] and sum(path.stat().st_size for path in [*shards[-1], part]) > SHARD_BYTES:
             shards.append([])
-            filled = 0
-        shards[-1].append(i)
-        filled += size
+        shards[-1].append(part)
     total, weight_map = 0, {}
     for number, members in enumerate(shards, 1):
-        many = f"-{number:05d}-of-{len(shards):05d}" if len(shards) > 1 else ""
-        name = f"model{many}.safetensors"
+        name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        headers = [read_header(part) for part in members]
         merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
         offset = 0
-        for i in members:
-            for tensor, entry in headers[i][0].items():
-                begin, end = entry["data_offsets"]
-                merged[tensor] = {**entry, "data_offsets": [begin + offset, end + offset]}
-                weight_map[tensor] = name
-            offset += parts[i].stat().st_size - headers[i][1]
+        for part, (header, start) in zip(members, headers):
+            for tensor, entry in header.items():
+                merged[tensor] = {**entry, "data_offsets": [offset + place for place in entry["data_offsets"]]}
+            weight_map |= dict.fromkeys(header, name)
+            offset += part.stat().st_size - start
         head = json.dumps(merged, separators=(",", ":")).encode()
         head += b" " * (-len(head) % 8)
         with (directory / name).open("wb") as out:
             out.write(len(head).to_bytes(8, "little") + head)
-            for i in members:
-                with parts[i].open("rb") as part_file:
-                    part_file.seek(headers[i][1])
+            for part, (_, start) in zip(members, headers):
+                with part.open("rb") as part_file:
+                    part_file.seek(start)
                     shutil.copyfileobj(part_file, out, 2**22)
             out.flush()
             os.fsync(out.fileno())

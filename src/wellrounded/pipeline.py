@@ -20,13 +20,13 @@ from .core.hessian import FactorError, Hessian
 from .core.recipe import Recipe
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import NumericsError, UsageError
+from .errors import NumericsError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
-from .formats import readers
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
 from .model.walk import BlockWalk, Stream
+from .plan import make_plan
 from .report import LayerResult, Report, error_db
 
 BATCH_TOKENS = 4096  # enough for matmuls at full speed
@@ -43,32 +43,6 @@ class Progress:
     what: str
 
 
-def plan(model: nn.Module, names: list[str], recipe: Recipe) -> tuple[dict[str, Scheme], dict[str, str]]:
-    """Which linear layer inside the blocks gets which scheme, and why the others stay dense.
-
-    Raises UsageError if not a single layer can be quantized.
-    """
-    schemes: dict[str, Scheme] = {}
-    kept: dict[str, str] = {}
-    for block in names:
-        for name, layer in layers_of.linears(model.get_submodule(block)).items():
-            full = f"{block}.{name}" if name else block
-            scheme = recipe.scheme_of(full)
-            if scheme is None:
-                kept[full] = "ignored on request"
-                continue
-            outputs, inputs = layers_of.shape_of(layer)
-            reason = scheme.refuses(inputs, outputs)
-            if reason:
-                kept[full] = reason
-            else:
-                schemes[full] = scheme
-    if not schemes:
-        first = next(iter(kept.items()), ("", "the blocks hold no linear layer"))
-        raise UsageError(f"nothing to quantize: all {len(kept)} linear layers stay dense, first {first[0]}: {first[1]}")
-    return schemes, kept
-
-
 class Run:
     """One quantization: a source, a recipe, calibration windows (or None for plain rounding), and where it goes."""
 
@@ -78,11 +52,10 @@ class Run:
     ) -> None:
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         self.walk = BlockWalk(source.model, source.read, device)
-        self.schemes, self.kept = plan(source.model, self.walk.names, recipe)
+        self.plan = make_plan(source.model, self.walk.names, recipe)
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
-        inputs = {name: layers_of.shape_of(source.model.get_submodule(name))[1] for name in self.schemes}
-        self.report = Report(source.label, "", str(recipe.scheme), kept=self.kept, version=__version__)
-        self.report.notes = readers.objections(self.schemes, inputs, self.kept)
+        self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
+        self.report.notes, self.report.overlooked = self.plan.notes(), self.plan.overlooked
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize block after block into `writer`; the report of the finished checkpoint."""
@@ -120,7 +93,7 @@ class Run:
         self, index: int, block_name: str, block: nn.Module, calibrating: list[Stream]
     ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
         """Solve every layer of the block, put the result back into it, and return what belongs on disk."""
-        mine = [n for n in layers_of.linears(block) if f"{block_name}.{n}" in self.schemes]
+        mine = [n for n in layers_of.linears(block) if f"{block_name}.{n}" in self.plan.schemes]
         sets = self.walk.observe(index, calibrating[0], mine) if calibrating else []
         unseen = [n for n in mine if not any(n in s.names for s in sets)]
         tensors: dict[str, torch.Tensor] = {}
@@ -140,7 +113,7 @@ class Run:
         """Siblings cut into runs that share a scheme: each run is solved as one tall matrix."""
         by_scheme: dict[Scheme, list[str]] = {}
         for name in names:
-            by_scheme.setdefault(self.schemes[f"{block_name}.{name}"], []).append(name)
+            by_scheme.setdefault(self.plan.schemes[f"{block_name}.{name}"], []).append(name)
         return list(by_scheme.values())
 
     def _solve(
@@ -148,7 +121,7 @@ class Run:
     ) -> Iterator[tuple[str, QuantizedWeight, LayerResult]]:
         """Quantize layers that share an input and a scheme; yields (name in block, weight, result) for each."""
         full = [f"{block_name}.{name}" for name in names]
-        scheme = self.schemes[full[0]]
+        scheme = self.plan.schemes[full[0]]
         weights = [self._dense_weight(block.get_submodule(n), f) for n, f in zip(names, full)]
         tall = torch.cat(weights) if len(weights) > 1 else weights[0]
         rows = [len(weight) for weight in weights]
@@ -198,7 +171,7 @@ class Run:
             outputs, inputs = layers_of.shape_of(layer)
             prefix = self._stored_layer(result.name)
             tensors = {t.removeprefix(f"{prefix}."): v for t, v in stored.items() if t.startswith(f"{prefix}.")}
-            scheme = self.schemes[result.name]
+            scheme = self.plan.schemes[result.name]
             weight = gptq_format.from_tensors(tensors, scheme, inputs, outputs, self.version, prefix)
             self._place(layer, weight)
             self.report.add(result, scheme.bits_per_weight(inputs))
@@ -259,7 +232,7 @@ class Run:
         self.source.write_files(directory)
         self.report.size_bytes = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
         self.report.seconds = {"total": time.perf_counter() - started}
-        stored = config_format.to_config(self.recipe, self.version, self.kept, self.meta())
+        stored = config_format.to_config(self.recipe, self.version, self.plan.kept, self.meta())
         card.write_files(directory, self.source.config, stored, self.report)
 
     def request(self) -> dict[str, Any]:

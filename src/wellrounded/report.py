@@ -41,7 +41,8 @@ class Report:
     out: str
     scheme: str
     layers: list[LayerResult] = field(default_factory=list)
-    kept: dict[str, str] = field(default_factory=dict)  # linear layer inside the blocks -> why it stayed dense
+    kept: dict[str, str] = field(default_factory=dict)  # layer inside the blocks -> why it stayed dense
+    overlooked: float = 0.0  # fraction of the blocks' parameters that stayed dense without being asked to
     calibration: dict[str, Any] | None = None
     fidelity: dict[str, float | int] | None = None
     parameters: int = 0
@@ -75,6 +76,9 @@ class Report:
                  and x.error_db > (x.rtn_error_db or 0) + 0.01 and not x.rounded]
         if worse:
             found.append(f"{len(worse)} layers are worse than plain rounding, first {worse[0].name}")
+        if self.overlooked > 0.05:
+            found.append(f"{self.overlooked:.1%} of the weights inside the blocks stayed dense without being asked to "
+                         "(see `kept`); ignore them explicitly if that is what you want")
         if self.fidelity and not self.fidelity["kl_mean"] < 2.0:
             found.append(f"KL to the original is {self.fidelity['kl_mean']:.3g} nats per token: the model is damaged")
         return found
@@ -95,6 +99,7 @@ class Report:
             "peak_rss_bytes": self.peak_rss_bytes,
             "calibration": self.calibration,
             "kept": self.kept,
+            "overlooked": self.overlooked,
             "notes": self.notes,
             "problems": self.problems(),
             "version": self.version,
