@@ -62,5 +62,6 @@ def make_plan(model: nn.Module, blocks: list[str], recipe: Recipe) -> Plan:
             covered += parameter.numel() if name in schemes or asked or parameter.ndim < 2 else 0
     if not schemes:
         first = next(iter(kept.items()), (blocks[0], "it holds no linear layer"))
-        raise UsageError(f"nothing to quantize: all {len(inputs)} linear layers stay dense, first {first[0]}: {first[1]}")
+        count, (name, reason) = len(inputs), first
+        raise UsageError(f"nothing to quantize: all {count} linear layers stay dense, first {name}: {reason}")
     return Plan(schemes, kept, inputs, 1 - covered / max(total, 1))

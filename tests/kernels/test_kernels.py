@@ -78,18 +78,18 @@ def assert_is_product(y: torch.Tensor, x: torch.Tensor, weight: QuantizedWeight)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128, 192, 256])
 @pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("kernel", KERNELS, ids=NAMES)
-def test_a_kernel_multiplies_by_the_dequantized_weight(kernel, bits, group_size, dtype):
-    for symmetric in (True, False):
-        for act_order in (True, False):
-            weight = make(Scheme(bits, group_size, symmetric, act_order))
-            need = need_of(weight, dtype)
-            if kernel.refuses(need) is not None:
-                pytest.skip(kernel.refuses(need))
-            matmul = kernel.prepare(weight, need)
-            for rows in ROWS:
-                x = inputs(rows, IN, dtype=dtype)
-                assert_is_product(matmul(x, weight.dequantize), x, weight)
+def test_a_kernel_multiplies_by_the_dequantized_weight(kernel, act_order, symmetric, bits, group_size, dtype):
+    weight = make(Scheme(bits, group_size, symmetric, act_order))
+    need = need_of(weight, dtype)
+    if kernel.refuses(need) is not None:
+        pytest.skip(kernel.refuses(need))
+    matmul = kernel.prepare(weight, need)
+    for rows in ROWS:
+        x = inputs(rows, IN, dtype=dtype)
+        assert_is_product(matmul(x, weight.dequantize), x, weight)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
