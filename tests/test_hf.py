@@ -45,6 +45,7 @@ def test_a_quantized_model_loads_with_every_layer_packed(quantized):
     assert model.dtype == torch.bfloat16
     assert {layer.kernel for layer in layers(model)} <= {"torch-int4", "reference"}
     assert not any(isinstance(module, torch.nn.Linear) for module in model.model.modules())
+    assert not any(hasattr(layer, "weight") for layer in layers(model))
 
 
 def test_every_kernel_gives_what_the_reference_gives(quantized):

@@ -131,18 +131,19 @@ def test_more_bits_mean_less_error(tmp_path):
     assert [r.fidelity["kl_mean"] for r in reports] == sorted((r.fidelity["kl_mean"] for r in reports), reverse=True)
 
 
-def test_the_reported_error_is_that_of_the_stored_weight(llama, quantized):
-    """For the first layer, whose inputs do not depend on any other layer's rounding."""
-    model, inputs = dense(llama), []
-    layer = model.model.layers[0].self_attn.q_proj
-    layer.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))
-    tiny.logits(model, gather(tiny.ids(), None, samples=64, length=tiny.LENGTH).windows.ids)
-    x, weight = inputs[0].reshape(-1, 64).double(), layer.weight.double()
-    error = weight - tiny.stored_weights(quantized)[LINEARS[0]].dequantize().double()
+@pytest.mark.parametrize("block", [0, 1, 2])
+def test_the_reported_error_is_that_of_the_stored_weight_on_what_quantized_blocks_make(block, llama, quantized):
+    model = dense(llama)
+    weight, name = model.model.layers[block].self_attn.q_proj.weight.double(), LINEARS[7 * block]
+    inputs, so_far = [], tiny.twin(model, quantized)
+    so_far.model.layers[block].self_attn.q_proj.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))
+    tiny.logits(so_far, gather(tiny.ids(), None, samples=64, length=tiny.LENGTH).windows.ids)
+    x = inputs[0].reshape(-1, 64).double()
+    error = weight - tiny.stored_weights(quantized)[name].dequantize().double()
     expected = 10 * torch.log10((x @ error.T).square().sum() / (x @ weight.T).square().sum()).item()
-    reported = json.loads((quantized / "quantization_report.json").read_text())["layers"][0]
-    assert reported["name"] == LINEARS[0] and reported["tokens"] == len(x)
-    assert reported["error_db"] == pytest.approx(expected, abs=0.01)
+    reported = json.loads((quantized / "quantization_report.json").read_text())["layers"][7 * block]
+    assert reported["name"] == name and reported["tokens"] == len(x)
+    assert reported["error_db"] == pytest.approx(expected, abs=0.002)
 
 
 @pytest.mark.parametrize(

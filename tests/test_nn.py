@@ -1,0 +1,309 @@
+"""A QuantLinear is a linear layer with the dequantized weight, whatever happens to the module around it."""
+
+import copy
+import io
+import pickle
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from wellrounded import kernels
+from wellrounded.core.scheme import Scheme
+from wellrounded.core.weight import QuantizedWeight
+from wellrounded.errors import CheckpointError, UsageError
+from wellrounded.formats import gptq as gptq_format
+from wellrounded.nn import QuantLinear
+
+NAME = "model.layers.3.mlp.down_proj"
+IN, OUT = 128, 64
+SCHEMES = [Scheme(4, 32), Scheme(4, 64, symmetric=False), Scheme(3, -1), Scheme(8, 32, act_order=True), Scheme(4, 24)]
+
+
+def make(scheme: Scheme, seed: int = 0) -> QuantizedWeight:
+    random = torch.Generator().manual_seed(seed)
+    grid = (OUT, scheme.groups(IN))
+    index = scheme.trivial_group_index(IN)
+    zeros = torch.randint(1, scheme.max_code + 1, grid, generator=random).to(torch.uint8)
+    return QuantizedWeight(
+        codes=torch.randint(scheme.max_code + 1, (OUT, IN), generator=random).to(torch.uint8),
+        scales=(torch.randn(grid, generator=random) * 0.1 / scheme.midpoint).half(),
+        zeros=torch.full_like(zeros, scheme.midpoint) if scheme.symmetric else zeros,
+        group_index=index[torch.randperm(IN, generator=random)] if scheme.act_order else index,
+        scheme=scheme,
+    )
+
+
+def layer_of(weight: QuantizedWeight, bias: bool = False, version: str = "gptq") -> QuantLinear:
+    layer = QuantLinear(IN, OUT, weight.scheme, version, bias, NAME, dtype=torch.float32)
+    tensors = gptq_format.to_tensors(weight, version)
+    if bias:
+        tensors["bias"] = torch.randn(OUT, generator=torch.Generator().manual_seed(9))
+    layer.load_state_dict(tensors)
+    return layer
+
+
+def inputs(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(*shape, IN, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def assert_linear(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+    """x W^T + b in float32: one rounding for each product, sum and bias, in the worst case, and in either result."""
+    expected = F.linear(x, weight, bias)
+    assert y.shape == expected.shape and y.dtype == expected.dtype
+    size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
+    assert ((y - expected).abs() <= 2 * (IN + 1) * 2.0**-24 * size).all()
+
+
+# What it computes
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("version", ["gptq", "gptq_v2"])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_it_is_linear_with_the_dequantized_weight(scheme, version, bias):
+    weight = make(scheme)
+    layer = layer_of(weight, bias, version)
+    for shape in ((), (3,), (2, 5), (40,), (0,)):
+        x = inputs(*shape)
+        assert_linear(layer(x), x, weight.dequantize(), layer.bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_it_answers_in_the_dtype_of_its_input(scheme, dtype):
+    """And as the kernel would; how exact that is, the tests of the kernels say."""
+    weight = make(scheme)
+    layer = layer_of(weight, bias=True)
+    need = kernels.Need(scheme, IN, OUT, "cpu", dtype)
+    matmul = kernels.select(need).prepare(weight, need)
+    for rows in (2, 40):
+        x = inputs(rows, dtype=dtype)
+        y = layer(x)
+        assert y.dtype == dtype
+        assert torch.equal(y, matmul(x, weight.dequantize) + layer.bias.to(dtype))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_the_gradient_of_its_input_is_that_of_the_dense_layer(scheme):
+    weight = make(scheme)
+    layer = layer_of(weight, bias=True)
+    layer(inputs(2))  # binds it
+    for rows in (2, 40):
+        x, along = inputs(rows).requires_grad_(), torch.randn(rows, OUT)
+        (gradient,) = torch.autograd.grad(layer(x), x, along)
+        (expected,) = torch.autograd.grad(F.linear(x, weight.dequantize(), layer.bias), x, along)
+        assert torch.equal(gradient, expected)
+
+
+def test_it_has_nothing_to_train():
+    layer = layer_of(make(SCHEMES[0]), bias=True)
+    assert list(layer.parameters()) == []
+    assert not layer(inputs(2)).requires_grad
+
+
+# Its tensors are the file's
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_its_state_is_the_file(scheme, bias):
+    layer = QuantLinear(IN, OUT, scheme, "gptq", bias, NAME)
+    state = {key: (tuple(tensor.shape), tensor.dtype) for key, tensor in layer.state_dict().items()}
+    assert state == gptq_format.layout(scheme, IN, OUT) | ({"bias": ((OUT,), torch.float32)} if bias else {})
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_saved_and_loaded_it_is_the_same(scheme):
+    layer = layer_of(make(scheme), bias=True)
+    file = io.BytesIO()
+    torch.save(layer.state_dict(), file)
+    file.seek(0)
+    other = QuantLinear(IN, OUT, scheme, "gptq", True, NAME)
+    other.load_state_dict(torch.load(file))
+    for key, tensor in layer.state_dict().items():
+        assert torch.equal(other.state_dict()[key], tensor)
+    assert torch.equal(other(inputs(3)), layer(inputs(3)))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("assign", [True, False])
+def test_tensors_that_are_loaded_after_a_call_count(scheme, assign):
+    weight = make(scheme, seed=1)
+    model = nn.Sequential(layer_of(make(scheme)))
+    model(inputs(2))
+    model.load_state_dict(nn.Sequential(layer_of(weight)).state_dict(), assign=assign)
+    assert_linear(model(inputs(2)), inputs(2), weight.dequantize())
+
+
+def test_a_group_index_in_the_file_counts_whatever_the_scheme_says():
+    weight = make(Scheme(4, 32, act_order=True))
+    layer = QuantLinear(IN, OUT, Scheme(4, 32), "gptq", False, NAME)
+    layer.load_state_dict(gptq_format.to_tensors(weight, "gptq"))
+    assert_linear(layer(inputs(2)), inputs(2), weight.dequantize())
+
+
+def test_a_group_index_that_makes_groups_of_unequal_size_counts_too():
+    weight = make(Scheme(4, 32, act_order=True))
+    weight.group_index[:100] = 0
+    layer = layer_of(weight)
+    assert_linear(layer(inputs(2)), inputs(2), weight.dequantize())
+    with pytest.raises(UsageError, match="groups of equal size"):
+        layer.wanted_kernel = kernels.table()[0].NAME
+        layer.bind(torch.float32)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_damaged_scale_is_reported_with_the_name_of_the_layer(value):
+    layer = layer_of(make(SCHEMES[0]))
+    layer.scales[1, 7] = value
+    with pytest.raises(CheckpointError, match=rf"^{NAME}\.scales is NaN or Inf in 1 of"):
+        layer(inputs(2))
+
+
+def test_a_shape_that_cannot_be_packed_is_refused():
+    with pytest.raises(UsageError, match="outputs in multiples of 32, this layer has 40"):
+        QuantLinear(IN, 40, Scheme(3, 32), "gptq", False, NAME)
+
+
+# Binding
+
+
+class Recorder:
+    """A kernel that counts, then does as the reference does."""
+
+    NAME = "recorder"
+
+    def __init__(self) -> None:
+        self.needs = []
+
+    def refuses(self, need):
+        return None
+
+    def prepare(self, weight, need):
+        self.needs.append(need)
+        return lambda x, dense: F.linear(x, dense(x.dtype))
+
+
+@pytest.fixture
+def recorder(monkeypatch):
+    only = Recorder()
+    monkeypatch.setattr(kernels, "table", lambda: [only])
+    return only
+
+
+def test_it_is_bound_once_by_the_first_call(recorder):
+    layer = layer_of(make(SCHEMES[0]))
+    assert recorder.needs == [] and layer.kernel == ""
+    layer(inputs(2))
+    layer(inputs(40))
+    assert recorder.needs == [kernels.Need(SCHEMES[0], IN, OUT, "cpu", torch.float32)]
+    assert layer.kernel == "recorder"
+
+
+def test_bound_by_hand_it_is_not_bound_again(recorder):
+    layer = layer_of(make(SCHEMES[0]))
+    layer.bind(torch.bfloat16)
+    layer(inputs(2))
+    assert [need.dtype for need in recorder.needs] == [torch.bfloat16]
+
+
+def test_on_another_device_it_is_bound_again(recorder):
+    layer = layer_of(make(SCHEMES[0]))
+    layer(inputs(2))
+    layer._bound_to = (torch.device("meta"), torch.float32)  # as if it had been there
+    layer(inputs(2))
+    assert len(recorder.needs) == 2
+
+
+def test_the_kernel_that_was_wanted_is_taken():
+    layer = layer_of(make(SCHEMES[0]))
+    layer.wanted_kernel = "reference"
+    layer(inputs(2))
+    assert layer.kernel == "reference"
+
+
+def test_a_wanted_kernel_that_refuses_is_not_replaced(monkeypatch):
+    never = SimpleNamespace(NAME="never", refuses=lambda need: "it is never in the mood")
+    monkeypatch.setattr(kernels, "table", lambda: [never, Recorder()])
+    layer = layer_of(make(SCHEMES[0]))
+    layer.wanted_kernel = "never"
+    with pytest.raises(UsageError, match="'never' was asked for, but it is never in the mood"):
+        layer(inputs(2))
+
+
+def test_without_tensors_it_cannot_be_bound():
+    with torch.device("meta"):
+        layer = QuantLinear(IN, OUT, SCHEMES[0], "gptq", False, NAME)
+    with pytest.raises(CheckpointError, match=f"{NAME}: its tensors are not loaded yet"):
+        layer.bind(torch.float32)
+
+
+def test_it_prints_what_it_is():
+    layer = layer_of(make(SCHEMES[0]))
+    layer.wanted_kernel = "reference"
+    assert repr(layer) == "QuantLinear(128, 64, 4-bit g32 sym, kernel=unbound)"
+    layer(inputs(2))
+    assert repr(layer) == "QuantLinear(128, 64, 4-bit g32 sym, kernel=reference)"
+
+
+# Life in a module
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_another_dtype_after_binding_is_computed_in_that_dtype(scheme):
+    weight = make(scheme)
+    layer = layer_of(weight, bias=True)
+    layer.bind(torch.bfloat16)
+    for rows in (2, 40):
+        assert_linear(layer(inputs(rows)), inputs(rows), weight.dequantize(), layer.bias)
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_copy_lives_by_itself(bound):
+    weight, other = make(SCHEMES[0]), make(SCHEMES[0], seed=1)
+    layer = layer_of(weight)
+    if bound:
+        layer(inputs(2))
+    twin = copy.deepcopy(layer)
+    assert torch.equal(twin(inputs(2)), layer(inputs(2)))
+    twin.load_state_dict(gptq_format.to_tensors(other, "gptq"))
+    assert_linear(twin(inputs(2)), inputs(2), other.dequantize())
+    assert_linear(layer(inputs(2)), inputs(2), weight.dequantize())
+
+
+@pytest.mark.parametrize("bound", [True, False])
+def test_a_pickle_is_the_same_layer(bound):
+    layer = layer_of(make(SCHEMES[0]), bias=True)
+    if bound:
+        layer(inputs(2))
+    other = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(other(inputs(2)), layer(inputs(2)))
+    assert other.name == NAME and other.scheme == SCHEMES[0]
+
+
+@pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_moved_to_float32_it_is_the_same_layer(scheme, bound):
+    """Scales become float32 and are read back as the float16 numbers that they were."""
+    weight = make(scheme)
+    layer = layer_of(weight, bias=True)
+    if bound:
+        layer(inputs(2))
+    layer.to("cpu").to(torch.float32)
+    assert layer.qweight.dtype == layer.qzeros.dtype == layer.g_idx.dtype == torch.int32
+    for rows in (2, 40):
+        assert_linear(layer(inputs(rows)), inputs(rows), weight.dequantize(), layer.bias)
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_moved_to_bfloat16_it_has_the_scales_that_bfloat16_can_hold(scheme):
+    """Like every module: what a dtype cannot hold is lost."""
+    weight = make(scheme)
+    layer = layer_of(weight).to(torch.bfloat16)
+    rounded = replace(weight, scales=weight.scales.bfloat16().half())
+    assert torch.equal(layer.quantized_weight().scales, rounded.scales)
+    assert_linear(layer(inputs(3)), inputs(3), rounded.dequantize())
