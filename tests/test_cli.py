@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -222,7 +223,8 @@ def test_ctrl_c_in_another_command_is_one_line(run, monkeypatch):
 
 def test_a_reader_that_has_gone_is_no_reason_for_a_traceback(here):
     command = [sys.executable, "-m", "wellrounded", "doctor", "--json"]  # so short that it stays in the buffer
-    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=buffered)
     child.stdout.close()
     assert child.stderr.read() == b"" and child.wait(60) == 1
 

@@ -393,6 +393,13 @@ def test_a_scale_whose_codes_are_all_zero_is_left_alone():
     assert torch.equal(gptq.refit(torch.ones(4, 1), steps, scales, scales, groups, torch.eye(4)), scales)
 
 
+def test_a_scale_never_becomes_zero():
+    """It would be the best one for a group whose weights are zero."""
+    scales = torch.tensor([[0.5]]).half()
+    groups = torch.tensor([0, 0])
+    assert torch.equal(gptq.refit(torch.zeros(2, 1), torch.ones(2, 1), scales, scales, groups, torch.eye(2)), scales)
+
+
 # When it cannot be done
 
 

@@ -233,10 +233,10 @@ def test_weights_below_the_smallest_float16_are_rounded_to_it(scheme, candidates
 @pytest.mark.parametrize("scheme", schemes(32), ids=str)
 def test_weights_beyond_every_float16_scale_are_refused(scheme, size, candidates):
     """Even at 3e38, where the products of the search overflow: what cannot be judged is not passed on."""
-    weight = weights()
-    weight[7, 40] = size
+    weight, importance = weights(), energies()
+    weight[7, 40], importance[40] = size, importance.max()
     with pytest.raises(NumericsError, match=r"beyond float16 \(65504\)"):
-        search(weight, energies(), scheme, candidates)
+        search(weight, importance, scheme, candidates)
 
 
 def test_the_largest_scale_that_fits_is_used():

@@ -20,6 +20,7 @@ from ..formats import config as config_format
 from ..formats import gptq as gptq_format
 from ..model.blocks import find_blocks, is_linear, shape_of
 from ..nn import QuantLinear
+from .source import wrong_shape
 
 DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 LISTS = "modules_in_block_to_quantize"
@@ -52,6 +53,7 @@ class Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.stored = config_format.from_config(quantization_config.to_dict())
         self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
+        self.shapes: dict[str, torch.Size] = {}  # of all tensors, as the model needs them
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
@@ -70,8 +72,12 @@ class Quantizer(HfQuantizer):
             setattr(model.get_submodule(parent), leaf, replacement.to("meta"))
             if f"{name.removeprefix(prefix)}.g_idx" not in stored:
                 self.without_index.add(name)
+        self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
+        for name, tensor in model.state_dict().items():
+            if tensor.shape != self.shapes[name]:  # older versions of transformers take whatever they find
+                raise wrong_shape(name, tensor.shape, self.shapes[name])
         for module in (m for m in model.modules() if isinstance(m, QuantLinear)):
             del module.weight
             if module.qweight.device.type == "meta":

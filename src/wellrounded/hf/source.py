@@ -98,13 +98,18 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
 def refuse_gaps(directory: Path, found: dict[str, Any]) -> None:
     """transformers fills what a checkpoint lacks with random numbers and a warning; here it is an error."""
     for name, stored, needed in sorted(found["mismatched_keys"]):
-        raise CheckpointError(
-            f"{directory}: {name} is {list(stored)}, the model needs {list(needed)}; the files and "
-            "config.json do not belong together, download both again"
-        )
+        raise wrong_shape(name, stored, needed)
     if missing := sorted(name for name in found["missing_keys"] if not name.endswith(".g_idx")):  # may be left out
         more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
         raise CheckpointError(f"{directory}: none of its files has {missing[0]}{more}; download it again")
+
+
+def wrong_shape(name: str, stored: torch.Size, needed: torch.Size) -> CheckpointError:
+    """The error for a tensor of the files that does not fit the model."""
+    return CheckpointError(
+        f"{name} is {list(stored)}, the model needs {list(needed)}; the files and config.json do not belong together, "
+        "download both again"
+    )
 
 
 def _stored_names(model: transformers.PreTrainedModel, stored: set[str]) -> dict[str, str] | None:
