@@ -21,7 +21,13 @@ class QuantLinear(nn.Module):
     """
 
     def __init__(
-        self, in_features: int, out_features: int, scheme: Scheme, version: str, bias: bool, name: str = "",
+        self,
+        in_features: int,
+        out_features: int,
+        scheme: Scheme,
+        version: str,
+        bias: bool,
+        name: str = "",
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()

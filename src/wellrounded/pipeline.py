@@ -47,7 +47,11 @@ class Run:
     """One quantization: a source, a recipe, calibration windows (or None for plain rounding), and where it goes."""
 
     def __init__(
-        self, source: Source, recipe: Recipe, calibration: Calibration | None, settings: gptq.Settings,
+        self,
+        source: Source,
+        recipe: Recipe,
+        calibration: Calibration | None,
+        settings: gptq.Settings,
         device: str = "cpu",
     ) -> None:
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
@@ -94,13 +98,9 @@ class Run:
     ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
         """Solve every layer of the block, put the result back into it, and return what belongs on disk."""
         mine = [n for n in layers_of.linears(block) if f"{block_name}.{n}" in self.plan.schemes]
-        sets = self.walk.observe(index, calibrating[0], mine) if calibrating else []
-        unseen = [n for n in mine if not any(n in s.names for s in sets)]
         tensors: dict[str, torch.Tensor] = {}
         results: list[LayerResult] = []
-        todo: list[tuple[list[str], Hessian | None]] = [(s.names, s.hessian) for s in sets]
-        todo += [([name], None) for name in unseen]
-        for names, hessian in todo:
+        for names, hessian in self._observed(index, mine, calibrating):
             for group in self._same_scheme(block_name, names):
                 for name, quantized, result in self._solve(block_name, block, group, hessian):
                     self._place(block.get_submodule(name), quantized)
@@ -108,6 +108,23 @@ class Run:
                     results.append(result)
                     self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
         return tensors | dict(self._dense_tensors(block_name, block, set(mine))), results
+
+    def _observed(
+        self, index: int, names: list[str], calibrating: list[Stream]
+    ) -> Iterator[tuple[list[str], Hessian | None]]:
+        """Sets of siblings with their Hessian, each observed after the ones before have been quantized.
+
+        Layers that no token reached come last, one by one, without a Hessian.
+        """
+        unseen = dict.fromkeys(names)
+        for stream in calibrating:
+            for stage in self.walk.stages(index, stream, names):
+                for siblings in self.walk.observe(index, stream, *stage):
+                    yield siblings.names, siblings.hessian
+                    for name in siblings.names:
+                        del unseen[name]
+        for name in unseen:
+            yield [name], None
 
     def _same_scheme(self, block_name: str, names: list[str]) -> list[list[str]]:
         """Siblings cut into runs that share a scheme: each run is solved as one tall matrix."""
@@ -183,9 +200,7 @@ class Run:
         prefix = self._stored_layer(name)
         return {f"{prefix}.{k}": v for k, v in gptq_format.to_tensors(quantized, self.version).items()}
 
-    def _dense_tensors(
-        self, prefix: str, module: nn.Module, quantized: set[str]
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def _dense_tensors(self, prefix: str, module: nn.Module, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
         """What a module stores besides its quantized weights, as the source has it."""
         for name in module.state_dict(keep_vars=True):
             layer, _, leaf = name.rpartition(".")
@@ -238,7 +253,7 @@ class Run:
     def request(self) -> dict[str, Any]:
         """What decides every byte of the result, JSON-ready: a run is continued only by an equal request."""
         return {
-            "source": self.source.label,
+            "source": str(Path(self.source.label).resolve()) if Path(self.source.label).exists() else self.source.label,
             "tensors": self.source.fingerprint,
             "recipe": config_format.to_config(self.recipe, self.version),
             "settings": asdict(self.settings),

@@ -72,13 +72,18 @@ class Report:
         fallen = sum(layer.parameters for layer in self.layers if layer.fallback and layer.rounded)
         if fallen > 0.01 * asked:
             found.append(f"{fallen / asked:.1%} of the quantized weights fell back to plain rounding")
-        worse = [x for x in self.layers if x.error_db is not None and not x.fallback
-                 and x.error_db > (x.rtn_error_db or 0) + 0.01 and not x.rounded]
+        worse = [
+            x
+            for x in self.layers
+            if x.error_db is not None and not x.fallback and x.error_db > (x.rtn_error_db or 0) + 0.01 and not x.rounded
+        ]
         if worse:
             found.append(f"{len(worse)} layers are worse than plain rounding, first {worse[0].name}")
         if self.overlooked > 0.05:
-            found.append(f"{self.overlooked:.1%} of the weights inside the blocks stayed dense without being asked to "
-                         "(see `kept`); ignore them explicitly if that is what you want")
+            found.append(
+                f"{self.overlooked:.1%} of the weights inside the blocks stayed dense without being asked to "
+                "(see `kept`); ignore them explicitly if that is what you want"
+            )
         if self.fidelity and not self.fidelity["kl_mean"] < 2.0:
             found.append(f"KL to the original is {self.fidelity['kl_mean']:.3g} nats per token: the model is damaged")
         return found
@@ -111,20 +116,33 @@ class Report:
         cover, mib = self.coverage(), 2**20
         rows = [
             ("scheme", self.scheme),
-            ("size", f"{self.size_bytes / mib:,.1f} MiB, was {self.source_bytes / mib:,.1f} MiB "
-                     f"({self.source_bytes / max(self.size_bytes, 1):.1f}x smaller)"),
-            ("bits per weight", f"{self.bits_per_weight:.2f} over all parameters, {self._layer_bits():.2f} in "
-                                f"quantized layers"),
-            ("coverage", f"{len(self.layers)} layers: gptq {cover['gptq']:.1%}, plain rounding {cover['rtn']:.1%}, "
-                         f"kept dense {cover['kept']:.1%} of parameters"),
+            (
+                "size",
+                f"{self.size_bytes / mib:,.1f} MiB, was {self.source_bytes / mib:,.1f} MiB "
+                f"({self.source_bytes / max(self.size_bytes, 1):.1f}x smaller)",
+            ),
+            (
+                "bits per weight",
+                f"{self.bits_per_weight:.2f} over all parameters, {self._layer_bits():.2f} in quantized layers",
+            ),
+            (
+                "coverage",
+                f"{len(self.layers)} layers: gptq {cover['gptq']:.1%}, plain rounding {cover['rtn']:.1%}, "
+                f"kept dense {cover['kept']:.1%} of parameters",
+            ),
         ]
         measured = [x for x in self.layers if x.error_db is not None]
         if measured:
             mean = sum(x.error_db or 0 for x in measured) / len(measured)
             plain = sum(x.rtn_error_db or 0 for x in measured) / len(measured)
             worst = max(measured, key=lambda x: x.error_db or 0)
-            rows.append(("layer error", f"{mean:.1f} dB mean (plain rounding {plain:.1f} dB), "
-                                        f"worst {worst.error_db:.1f} dB in {worst.name}"))
+            rows.append(
+                (
+                    "layer error",
+                    f"{mean:.1f} dB mean (plain rounding {plain:.1f} dB), "
+                    f"worst {worst.error_db:.1f} dB in {worst.name}",
+                )
+            )
         if self.fidelity:
             f = self.fidelity
             rows += [
@@ -132,8 +150,9 @@ class Report:
                 ("KL to original", f"{f['kl_mean']:.4f} mean, {f['kl_median']:.4f} median, {f['kl_p99']:.3f} at 99%"),
                 ("same top token", f"{f['top1_agreement']:.1%} of {f['tokens']:,} held-out tokens"),
             ]
-        rows.append(("time", f"{self.seconds.get('total', 0):.0f} s, peak memory "
-                             f"{self.peak_rss_bytes / 2**30:.2f} GiB"))
+        rows.append(
+            ("time", f"{self.seconds.get('total', 0):.0f} s, peak memory {self.peak_rss_bytes / 2**30:.2f} GiB")
+        )
         return rows
 
     def _layer_bits(self) -> float:

@@ -127,6 +127,7 @@ def test_a_solution_is_the_textbook_on_the_grid_it_stores(scheme, act_order, gro
     q, factored = gptq.solve(weight, hessian, scheme, replace(PLAIN, group_aware=group_aware))
     groups = q.group_index.long()
     order = order_of(hessian.diagonal(), groups, group_aware)
+    assert torch.equal(factored.damped, factor(hessian.matrix()[order][:, order], PLAIN.damping).damped)
     damped = torch.empty(COLUMNS, COLUMNS, dtype=torch.float64)
     damped[order[:, None], order] = factored.upper.double() @ factored.upper.double().T
     expected, targets = twin.gptq(weight, damped, q.scales, q.zeros, groups, order, scheme.max_code)
@@ -343,7 +344,7 @@ def test_refitted_scales_are_the_best_that_three_losses_can_find(scheme):
     order = problem.order
     damped = problem.damped[order][:, order]
     refitted = gptq.refit(
-        problem.weight.double().T[order], steps.T[order], problem.scales.T, problem.zeros.T, problem.groups[order],
+        problem.weight.double().T[order], steps.T[order], problem.scales.T, problem.groups[order],
         damped,
     ).T  # fmt: skip
     assert refitted.dtype == torch.float16
@@ -360,7 +361,7 @@ def test_refitting_never_raises_the_loss_of_any_row(scheme):
     losses = [twin.exact_loss(problem.weight, twin.restore(steps, scales, problem.groups), problem.damped)]
     for _ in range(3):
         columns, groups = problem.weight.double().T[order], problem.groups[order]
-        scales = gptq.refit(columns, steps.T[order], scales.T, problem.zeros.T, groups, damped).T
+        scales = gptq.refit(columns, steps.T[order], scales.T, groups, damped).T
         losses.append(twin.exact_loss(problem.weight, twin.restore(steps, scales, problem.groups), problem.damped))
     for before, after in pairwise(losses):
         assert (after <= before * (1 + 1e-12)).all()  # float64 sums of 6400 products
@@ -390,14 +391,14 @@ def test_a_scale_whose_codes_are_all_zero_is_left_alone():
     scales = torch.tensor([[0.5], [0.25]]).half()
     steps = torch.zeros(4, 1)
     groups = torch.tensor([0, 0, 1, 1])
-    assert torch.equal(gptq.refit(torch.ones(4, 1), steps, scales, scales, groups, torch.eye(4)), scales)
+    assert torch.equal(gptq.refit(torch.ones(4, 1), steps, scales, groups, torch.eye(4)), scales)
 
 
 def test_a_scale_never_becomes_zero():
     """It would be the best one for a group whose weights are zero."""
     scales = torch.tensor([[0.5]]).half()
     groups = torch.tensor([0, 0])
-    assert torch.equal(gptq.refit(torch.zeros(2, 1), torch.ones(2, 1), scales, scales, groups, torch.eye(2)), scales)
+    assert torch.equal(gptq.refit(torch.zeros(2, 1), torch.ones(2, 1), scales, groups, torch.eye(2)), scales)
 
 
 # When it cannot be done

@@ -112,12 +112,30 @@ def test_siblings_are_the_layers_that_read_the_same_tensor(kind):
         walk.advance(index, stream)
 
 
-@pytest.mark.xfail(strict=True, reason="Falcon's own linear class is not recognized as a linear layer")
+def test_a_linear_class_of_a_models_own_is_recognized_by_what_it_computes():
+    class Spelled(torch.nn.Linear):
+        def forward(self, x):
+            return x @ self.weight.T + self.bias
+
+    class Scaled(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    class Needy(torch.nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * self.gain
+
+    assert list(linears(torch.nn.ModuleList([Spelled(8, 8), Scaled(8, 8), Needy(8, 8), torch.nn.Linear(8, 8)]))) == [
+        "0", "3",
+    ]  # fmt: skip
+
+
 def test_falcon_feeds_attention_and_mlp_the_same_tensor():
     model = tiny.build("falcon")
     walk = BlockWalk(meta_copy(model, torch.float32), model.state_dict().get)
     stream = walk.stream(tiny.ids(4), None, batch=2)
-    _, _, block = next(iter(walk))
+    visits = iter(walk)
+    _, _, block = next(visits)
     sets = walk.observe(0, stream, list(linears(block)))
     assert [s.names for s in sets] == [
         ["self_attention.query_key_value", "mlp.dense_h_to_4h"], ["self_attention.dense"], ["mlp.dense_4h_to_h"],

@@ -74,6 +74,7 @@ def examine(directory: Path) -> dict[str, Any]:
                 "out": outputs,
                 "in": weight.shape[1],
                 "scheme": str(weight.scheme),
+                "bits_per_weight": weight.scheme.bits_per_weight(weight.shape[1]),
                 "smallest_scale": magnitude.min().item(),
                 "largest_scale": magnitude.max().item(),
             }
@@ -88,7 +89,7 @@ def examine(directory: Path) -> dict[str, Any]:
         "scheme": str(stored.recipe.scheme),
         "schemes": {s: names.count(s) for s in dict.fromkeys(names)},
         "weights": weights,
-        "bits_per_weight": 8 * packed / weights,
+        "bits_per_weight": sum(x["out"] * x["in"] * x["bits_per_weight"] for x in layers) / weights,
         "size_bytes": reader.bytes,
         "packed_bytes": packed,
         "dense_bytes": reader.bytes - packed,

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import UsageError
 from . import grid
 from .hessian import Factor, Hessian, factor
 from .scheme import Scheme
@@ -35,8 +36,12 @@ class Settings:
     damping: float = 0.01
     panel: int = 128
     group_aware: bool = True
-    candidates: int = 24
+    candidates: int = 32
     refit_sweeps: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.damping >= 0 or self.panel < 1 or self.candidates < 1 or self.refit_sweeps < 0:
+            raise UsageError(f"{self}: damping and refit_sweeps start at 0, panel and candidates at 1")
 
 
 def solve(
@@ -60,7 +65,7 @@ def solve(
     columns = weight.T[order].contiguous()
     codes = sweep(columns, factored.upper, scales.T, zeros.T, index.long()[order], scheme, settings.panel)
     for _ in range(settings.refit_sweeps):
-        scales = refit(columns, codes, scales.T, zeros.T, index.long()[order], factored.damped).T
+        scales = refit(columns, codes, scales.T, index.long()[order], factored.damped).T
 
     stored = torch.empty_like(codes, dtype=torch.uint8)
     stored[order] = (codes + zeros.T[index.long()[order]]).to(torch.uint8)
@@ -105,7 +110,6 @@ def refit(
     weight: torch.Tensor,
     steps: torch.Tensor,
     scales: torch.Tensor,
-    zeros: torch.Tensor,
     groups: torch.Tensor,
     damped: torch.Tensor,
 ) -> torch.Tensor:

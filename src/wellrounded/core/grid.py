@@ -3,7 +3,7 @@
 The cost of a grid is the squared rounding error weighted by the layer's input energy, diag(H): a column that no
 input excites may be rounded badly. For codes q (zero already subtracted) the best scale has a closed form,
 `s = sum(h w q) / sum(h q^2)`, and leaves `sum(h w^2) - sum(h w q)^2 / sum(h q^2)`; so every candidate is judged by
-the best scale of the codes it leads to, and two dozen candidates are enough.
+the best scale of the codes it leads to, and a few dozen candidates are enough.
 
 Symmetric grids are full-range: codes reach from -2^(b-1) to 2^(b-1)-1, and the sign of the scale is free, so that the
 largest weight of a group, whichever its sign, can sit on the longer side.
@@ -24,7 +24,7 @@ LARGEST = 65504.0  # the largest float16
 
 
 def search(
-    weight: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme, candidates: int = 24
+    weight: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme, candidates: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales float16 [rows, groups] and zeros uint8 [rows, groups] for `weight` float32 [rows, columns].
 
@@ -111,7 +111,7 @@ def _candidates(weight: torch.Tensor, scheme: Scheme, count: int) -> Iterator[tu
         zero = torch.full_like(largest, scheme.midpoint)
         base = -largest / scheme.midpoint
         yield base, zero
-        for share in torch.linspace(1.05, 0.4, count - 1).tolist() if count > 1 else ():
+        for share in torch.linspace(1.15, 0.4, count - 1).tolist() if count > 1 else ():
             yield base * share, zero
             yield base * -share, zero
         return

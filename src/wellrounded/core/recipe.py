@@ -47,4 +47,6 @@ class Recipe:
     @classmethod
     def ignoring(cls, scheme: Scheme, patterns: list[str]) -> Recipe:
         """A recipe that keeps every layer dense in which one of `patterns` is found anywhere (`re.search`)."""
+        for pattern in patterns:
+            Rule(pattern, None)  # an error quotes what the user wrote, not what we make of it
         return cls(scheme, tuple(Rule(f".*(?:{pattern})", None) for pattern in patterns))

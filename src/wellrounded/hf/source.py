@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +144,9 @@ def _from_gguf(path: Path) -> Source:
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         model = _skeleton(config, False)
-        tensors = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model, torch_dtype=COMPUTE)["tensors"]
+        with redirect_stderr(io.StringIO()):  # its progress bar has no switch
+            loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model, torch_dtype=COMPUTE)
+        tensors = loaded["tensors"]
     except UsageError:
         raise
     except Exception as error:  # the reader raises whatever its bytes lead it to

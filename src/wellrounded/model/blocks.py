@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import nn
@@ -37,7 +38,24 @@ def find_blocks(model: nn.Module) -> list[str]:
 
 def is_linear(module: nn.Module) -> bool:
     """Whether the module computes x W^T + b, with its weight as [out, in] or, in a Conv1D, as [in, out]."""
-    return type(module).forward is nn.Linear.forward or _is_transposed(module)
+    return (isinstance(module, nn.Linear) and _computes_linear(type(module))) or _is_transposed(module)
+
+
+@cache
+def _computes_linear(kind: type[nn.Linear]) -> bool:
+    """Whether this kind of nn.Linear still multiplies and adds, and nothing else: asked of a small one of its kind."""
+    if kind.forward is nn.Linear.forward:
+        return True
+    small = kind.__new__(kind)
+    nn.Module.__init__(small)
+    small.in_features, small.out_features = 2, 3
+    small.weight, small.bias = nn.Parameter(torch.randn(3, 2)), nn.Parameter(torch.randn(3))
+    x = torch.randn(4, 2)
+    try:
+        y = small(x)
+    except (AttributeError, TypeError, ValueError, RuntimeError):
+        return False  # it needs more than a weight and a bias
+    return isinstance(y, torch.Tensor) and torch.allclose(y, nn.functional.linear(x, small.weight, small.bias))
 
 
 def linears(block: nn.Module) -> dict[str, nn.Module]:
@@ -61,12 +79,20 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
+class Enough(Exception):  # noqa: N818  # a signal, not an error
+    """Every layer that is being observed has been called: the rest of the block's forward would be wasted."""
+
+
 @dataclass
 class Siblings:
-    """Layers of one block that read the same tensor, in call order, and the Hessian they share."""
+    """Layers of one block that read the same tensor, in call order, and the Hessian they share.
+
+    `once` says that no forward called one of them twice.
+    """
 
     names: list[str]
     hessian: Hessian
+    once: bool = True
     _input: torch.Tensor | None = field(default=None, repr=False)
 
     def reads(self, x: torch.Tensor) -> bool:
@@ -76,17 +102,18 @@ class Siblings:
 
 
 def observe(
-    block: nn.Module, names: Iterable[str], run: Callable[[], Iterable[torch.Tensor | None]]
+    block: nn.Module, names: Collection[str], run: Callable[[], Iterable[torch.Tensor | None]], stop: bool = False
 ) -> list[Siblings]:
     """Run the block over all calibration batches and collect one Hessian per set of siblings.
 
     `run()` yields once per batch, *before* it runs the block on it, with the batch's padding mask (bool
     [batch, length], or None). Siblings are found in the first batch in which a layer is called: inputs are compared
     by address, shape and stride while a reference keeps them alive. A layer that is never called has no siblings and
-    does not appear in the result.
+    does not appear in the result. With `stop`, Enough is raised out of the forward as soon as all have been called.
     """
     found: dict[str, Siblings] = {}
     sets: list[Siblings] = []
+    called: set[str] = set()  # in this batch
     mask: torch.Tensor | None = None
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -95,19 +122,24 @@ def observe(
             if name not in found:
                 match = next((s for s in sets if s.reads(x)), None)
                 if match is None:
-                    match = Siblings([], Hessian(x.shape[-1], x.device), x)
+                    match = Siblings([], Hessian(x.shape[-1], x.device), _input=x)
                     sets.append(match)
                 match.names.append(name)
                 found[name] = match
             mine = found[name]
+            mine.once &= name not in called
+            called.add(name)
             if mine.names[0] == name and x.numel():
                 mine.hessian.update(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
+            if stop and len(called) == len(names):
+                raise Enough
 
         return before_forward
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
         for mask in run():  # noqa: B007  # the hooks read it
+            called.clear()
             for siblings in sets:
                 siblings._input = None  # the batch that named them is over; its memory may be reused by another
     finally:

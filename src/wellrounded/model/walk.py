@@ -10,14 +10,16 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, NumericsError, UsageError
-from .blocks import Siblings, find_blocks, observe
+from .blocks import Enough, Siblings, find_blocks, observe
+
+MOST_STAGES = 8  # a decoder block has four or five sets of siblings; experts make hundreds
 
 Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
 Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden state
@@ -25,6 +27,13 @@ Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden 
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
     """Ends a hollow walk at the last block, so that the head never runs."""
+
+
+class Stage(NamedTuple):
+    """Layers that are observed together; `stop` says that a forward may end once all of them have been called."""
+
+    names: list[str]
+    stop: bool
 
 
 class Stream:
@@ -81,15 +90,31 @@ class BlockWalk:
                     raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
                 stream.hidden[batch] = output
 
-    def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings]:
-        """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
+    def stages(self, index: int, stream: Stream, names: list[str]) -> list[Stage]:
+        """The named layers of block `index` in the order in which they can be quantized, each seeing the ones before.
 
-        def run() -> Iterator[torch.Tensor | None]:
-            for batch, mask in enumerate(stream.masks):
-                yield mask
+        Found on the first batch: one stage per set of siblings, in call order. A block with many sets (experts), or
+        with layers that this batch does not reach, is one single stage: it would be run too often otherwise.
+        """
+        sets = observe(self.blocks[index], names, lambda: self._batches(index, stream, 1))
+        if len(sets) > MOST_STAGES or sum(len(s.names) for s in sets) < len(names):
+            return [Stage(names, False)]
+        return [Stage(s.names, s.once) for s in sets]
+
+    def observe(self, index: int, stream: Stream, names: list[str], stop: bool = False) -> list[Siblings]:
+        """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is.
+
+        With `stop`, each forward ends as soon as all of them have been called.
+        """
+        everything = len(stream.masks)
+        return observe(self.blocks[index], names, lambda: self._batches(index, stream, everything), stop)
+
+    def _batches(self, index: int, stream: Stream, count: int) -> Iterator[torch.Tensor | None]:
+        """The mask of each of the first batches, and then its run through the block."""
+        for batch, mask in enumerate(stream.masks[:count]):
+            yield mask
+            with suppress(Enough):
                 self._run(index, stream, batch)
-
-        return observe(self.blocks[index], names, run)
 
     def logits(self, stream: Stream, batch: int) -> torch.Tensor:
         """[batch, length, vocabulary]: the model's head on what the last block returned."""
@@ -202,6 +227,8 @@ def materialize(
             if value.shape != parameter.shape:
                 needs, has = tuple(parameter.shape), tuple(value.shape)
                 raise CheckpointError(f"{names[0]}: the model needs shape {needs}, the source has {has}")
+            if not torch.isfinite(value).all():
+                raise NumericsError(f"{names[0]}: the source's tensor holds NaN or Inf; download the model again")
             made[id(parameter)] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=False)
         owner._parameters[attr] = made[id(parameter)]
 
@@ -237,4 +264,3 @@ def _same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     return type(a) is type(b) and (a is b or a == b)
-
