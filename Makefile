@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check clean
 
 # torch comes first and alone, from the constraints: left to a dependency, pip would take its newest CUDA build.
 $(VENV)/installed: pyproject.toml constraints.txt
@@ -16,8 +16,8 @@ demo: $(VENV)/installed
 	$(BIN)/python benchmarks/demo.py demo-out
 
 test: check
-	$(BIN)/python -m pytest
 	$(BIN)/python benchmarks/smoke.py
+	$(BIN)/python -m pytest
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -112,17 +112,13 @@ class Run:
     def _observed(
         self, index: int, names: list[str], calibrating: list[Stream]
     ) -> Iterator[tuple[list[str], Hessian | None]]:
-        """Sets of siblings with their Hessian, each observed after the ones before have been quantized.
-
-        Layers that no token reached come last, one by one, without a Hessian.
-        """
+        """Sets of siblings with their Hessian; layers that no token reached come last, one by one, without one."""
         unseen = dict.fromkeys(names)
         for stream in calibrating:
-            for stage in self.walk.stages(index, stream, names):
-                for siblings in self.walk.observe(index, stream, *stage):
-                    yield siblings.names, siblings.hessian
-                    for name in siblings.names:
-                        del unseen[name]
+            for siblings in self.walk.observe(index, stream, names):
+                yield siblings.names, siblings.hessian
+                for name in siblings.names:
+                    del unseen[name]
         for name in unseen:
             yield [name], None
 
@@ -262,4 +258,4 @@ class Run:
 
     def meta(self) -> dict[str, Any]:
         """How the codes were found; informative, no reader needs it."""
-        return {"damp_percent": self.settings.damping, "act_group_aware": self.settings.group_aware}
+        return {"damp_percent": self.settings.damping, "order": self.settings.order}

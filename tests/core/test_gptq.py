@@ -15,7 +15,7 @@ from wellrounded.errors import NumericsError
 from . import twin
 
 ROWS, COLUMNS = 24, 80
-PLAIN = Settings(damping=0.01, panel=16, group_aware=False, candidates=8, refit_sweeps=0)
+PLAIN = Settings(damping=0.01, panel=16, order="stored", candidates=8, refit_sweeps=0)
 SCHEMES = [
     Scheme(bits, group_size, symmetric)
     for bits in BITS
@@ -42,12 +42,12 @@ def hessian_of(x: torch.Tensor) -> Hessian:
     return hessian
 
 
-def order_of(importance: torch.Tensor, index: torch.Tensor, group_aware: bool) -> torch.Tensor:
-    """The order that is documented, by sorting a list: group after group, or the important ones first."""
+def order_of(importance: torch.Tensor, index: torch.Tensor, name: str) -> torch.Tensor:
+    """The order that is documented, by sorting a list."""
     group, h = index.tolist(), importance.tolist()
     peak = [max((h[j] for j in range(len(h)) if group[j] == g), default=0) for g in range(max(group) + 1)]
-    by_position = sorted(range(len(h)), key=lambda j: group[j])
-    return torch.tensor(sorted(by_position, key=lambda j: (-peak[group[j]], -h[j])) if group_aware else by_position)
+    keys = {"importance": lambda j: -h[j], "group": lambda j: (-peak[group[j]], -h[j]), "stored": lambda j: group[j]}
+    return torch.tensor(sorted(range(len(h)), key=keys[name]))
 
 
 def rounding_of_targets(weight: torch.Tensor, quantized: torch.Tensor, upper: torch.Tensor) -> torch.Tensor:
@@ -118,15 +118,15 @@ def test_in_float32_the_sweep_leaves_the_textbook_only_at_ties(scheme):
     assert_same_but_for_ties(codes[:, order], expected[:, order], targets[:, order], scales[:, order], tolerance)
 
 
-@pytest.mark.parametrize("group_aware", [True, False])
+@pytest.mark.parametrize("order_name", ["importance", "group", "stored"])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 16, symmetric=False), Scheme(2, -1)], ids=str)
-def test_a_solution_is_the_textbook_on_the_grid_it_stores(scheme, act_order, group_aware):
+def test_a_solution_is_the_textbook_on_the_grid_it_stores(scheme, act_order, order_name):
     """Scales are final, rounded to float16, before any code is chosen: the twin knows only the stored ones."""
     weight, hessian, scheme = weights(), hessian_of(inputs()), replace(scheme, act_order=act_order)
-    q, factored = gptq.solve(weight, hessian, scheme, replace(PLAIN, group_aware=group_aware))
+    q, factored = gptq.solve(weight, hessian, scheme, replace(PLAIN, order=order_name))
     groups = q.group_index.long()
-    order = order_of(hessian.diagonal(), groups, group_aware)
+    order = order_of(hessian.diagonal(), groups, order_name)
     assert torch.equal(factored.damped, factor(hessian.matrix()[order][:, order], PLAIN.damping).damped)
     damped = torch.empty(COLUMNS, COLUMNS, dtype=torch.float64)
     damped[order[:, None], order] = factored.upper.double() @ factored.upper.double().T
@@ -167,17 +167,17 @@ def test_without_correlation_it_is_plain_rounding_exactly(scheme, sizes):
     weight = weights()
     diagonal = torch.ones(COLUMNS) if sizes == "identity" else weights(1, COLUMNS, seed=3)[0].exp()
     hessian = hessian_of(torch.diag(diagonal))
-    q, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, group_aware=True))
+    q, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, order="group"))
     scales, zeros = grid.search(weight, hessian.diagonal(), scheme, PLAIN.candidates)
     assert torch.equal(q.scales, scales) and torch.equal(q.zeros, zeros)
     assert torch.equal(q.codes, grid.encode(weight, scales, zeros, q.group_index.long(), scheme))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-@pytest.mark.parametrize("group_aware", [True, False])
-def test_on_correlated_inputs_it_loses_less_than_plain_rounding_on_the_same_grid(scheme, group_aware):
+@pytest.mark.parametrize("order_name", ["importance", "group", "stored"])
+def test_on_correlated_inputs_it_loses_less_than_plain_rounding_on_the_same_grid(scheme, order_name):
     weight, hessian = weights(), hessian_of(inputs())
-    q, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, group_aware=group_aware))
+    q, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, order=order_name))
     plain = replace(q, codes=grid.encode(weight, q.scales, q.zeros, q.group_index.long(), scheme))
     H = hessian.matrix()
     loss, plain_loss = (twin.exact_loss(weight, each.dequantize(), H).sum() for each in (q, plain))
@@ -220,7 +220,7 @@ def test_permuting_the_columns_permutes_the_answer(group_size, symmetric):
     group_order = torch.randperm(64 // width, generator=random)
     order = torch.cat([g * width + torch.randperm(width, generator=random) for g in group_order])
     weight, x = weights(columns=64), whole_numbers(64)
-    settings = replace(PLAIN, group_aware=True, candidates=1, refit_sweeps=2 if group_size == -1 else 0)
+    settings = replace(PLAIN, order="group", candidates=1, refit_sweeps=2 if group_size == -1 else 0)
     here, _ = gptq.solve(weight, hessian_of(x), scheme, settings)
     there, _ = gptq.solve(weight[:, order], hessian_of(x[:, order]), scheme, settings)
     assert not torch.equal(here.codes, there.codes)
@@ -253,7 +253,7 @@ def test_rows_never_see_each_other():
 @pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, -1, symmetric=False), Scheme(4, 16, act_order=True)],
                          ids=str)  # fmt: skip
 def test_the_same_question_has_the_same_answer_bit_for_bit(scheme):
-    settings = Settings(damping=0.01, panel=32, group_aware=True, candidates=8, refit_sweeps=2)
+    settings = Settings(damping=0.01, panel=32, order="group", candidates=8, refit_sweeps=2)
     first, second = (gptq.solve(weights(), hessian_of(inputs()), scheme, settings)[0] for _ in range(2))
     for field in ("codes", "scales", "zeros", "group_index"):
         assert torch.equal(getattr(first, field), getattr(second, field)), field
@@ -262,7 +262,7 @@ def test_the_same_question_has_the_same_answer_bit_for_bit(scheme):
 def test_nothing_that_was_handed_in_is_changed():
     weight, hessian = weights(), hessian_of(inputs())
     before = weight.clone(), hessian.matrix().clone()
-    gptq.solve(weight, hessian, Scheme(4, 32), replace(PLAIN, group_aware=True, refit_sweeps=1))
+    gptq.solve(weight, hessian, Scheme(4, 32), replace(PLAIN, order="group", refit_sweeps=1))
     assert torch.equal(weight, before[0]) and torch.equal(hessian.matrix(), before[1])
 
 
@@ -275,7 +275,7 @@ def test_dead_columns_are_rounded_plainly_and_not_zeroed(scheme):
     dead = torch.tensor([0, 5, 17, *range(32, 48), 79])  # the third group of 16 is dead as a whole
     weight, x = weights(), inputs()
     x[:, dead] = 0
-    q, _ = gptq.solve(weight, hessian_of(x), scheme, replace(PLAIN, group_aware=True))
+    q, _ = gptq.solve(weight, hessian_of(x), scheme, replace(PLAIN, order="group"))
     plain = grid.encode(weight, q.scales, q.zeros, q.group_index.long(), scheme)
     assert torch.equal(q.codes[:, dead], plain[:, dead])
     assert not torch.equal(q.codes, plain)
@@ -306,21 +306,23 @@ def test_activation_order_fills_groups_with_columns_of_like_importance():
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_either_order_by_importance_loses_less_than_the_natural_one(symmetric):
+def test_every_order_by_importance_loses_less_than_the_natural_one(symmetric):
     weight, hessian, scheme = weights(64), hessian_of(inputs()), Scheme(3, 16, symmetric)
     natural, _ = gptq.solve(weight, hessian, scheme, PLAIN)
-    aware, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, group_aware=True))
-    stored, _ = gptq.solve(weight, hessian, replace(scheme, act_order=True), replace(PLAIN, group_aware=True))
-    losses = [twin.exact_loss(weight, q.dequantize(), hessian.matrix()).sum() for q in (natural, aware, stored)]
-    assert losses[1] < losses[0] and losses[2] < losses[0]
-    assert natural.trivially_grouped and aware.trivially_grouped
+    aware, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, order="group"))
+    free, _ = gptq.solve(weight, hessian, scheme, replace(PLAIN, order="importance"))
+    stored, _ = gptq.solve(weight, hessian, replace(scheme, act_order=True), replace(PLAIN, order="group"))
+    solved = (natural, aware, free, stored)
+    losses = [twin.exact_loss(weight, q.dequantize(), hessian.matrix()).sum() for q in solved]
+    assert max(losses[1:]) < losses[0]
+    assert natural.trivially_grouped and aware.trivially_grouped and free.trivially_grouped
 
 
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_a_solution_has_the_documented_shapes_and_ranges(scheme, act_order):
     scheme = replace(scheme, act_order=act_order)
-    settings = Settings(damping=0.01, panel=32, group_aware=True, candidates=8, refit_sweeps=1)
+    settings = Settings(damping=0.01, panel=32, order="group", candidates=8, refit_sweeps=1)
     q, factored = gptq.solve(weights().bfloat16(), hessian_of(inputs()), scheme, settings)
     groups = scheme.groups(COLUMNS)
     fields = [(q.codes, (ROWS, COLUMNS), torch.uint8), (q.scales, (ROWS, groups), torch.float16),

@@ -31,7 +31,7 @@ def test_a_plain_recipe_becomes_what_every_reader_knows():
         "format": "gptq",
         "pack_dtype": "int32",
         "lm_head": False,
-        "true_sequential": True,
+        "true_sequential": False,
         "static_groups": True,
         "meta": {"quantizer": [f"wellrounded:{__version__}"]},
     }
@@ -143,7 +143,7 @@ def test_an_autogptq_configuration_is_v1():
             "damp_percent": 0.1,
             "desc_act": True,
             "sym": False,
-            "true_sequential": True,
+            "true_sequential": False,
             "model_name_or_path": None,
             "model_file_base_name": "model",
             "quant_method": "gptq",

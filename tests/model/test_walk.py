@@ -6,7 +6,7 @@ from torch import nn
 
 import tiny
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
-from wellrounded.model.blocks import linears, observe
+from wellrounded.model.blocks import observe
 from wellrounded.model.walk import BlockWalk, materialize, meta_copy
 
 TOKENS = tiny.ids(4, seed=7)
@@ -206,29 +206,6 @@ def test_a_weight_that_is_no_number_is_named():
         walked(walk_of(model))
 
 
-def test_stages_are_the_sets_of_siblings_and_each_forward_ends_when_it_has_seen_enough():
-    model = tiny.build("llama")
-    walk = BlockWalk(meta_copy(model, torch.float32), model.state_dict().get)
-    stream = walk.stream(tiny.ids(4), None, batch=2)
-    for index, _, block in walk:
-        stages = walk.stages(index, stream, list(linears(block)))
-        assert [stage.names for stage in stages] == [
-            ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"], ["self_attn.o_proj"],
-            ["mlp.gate_proj", "mlp.up_proj"], ["mlp.down_proj"],
-        ]  # fmt: skip
-        ran = []
-        handle = block.mlp.register_forward_hook(lambda *_, ran=ran: ran.append(1))
-        for stage in stages[:2]:
-            (early,) = walk.observe(index, stream, *stage)
-            assert early.names == stage.names and early.hessian.tokens == stream_tokens(stream)
-        assert not ran, "the MLP has nothing to say about the inputs of attention"
-        whole = walk.observe(index, stream, list(linears(block)))
-        handle.remove()
-        (late,) = walk.observe(index, stream, *stages[3])
-        assert torch.equal(late.hessian.matrix(), whole[3].hessian.matrix())
-        walk.advance(index, stream)
-
-
 def test_a_layer_that_is_called_twice_is_seen_both_times():
     class Twice(torch.nn.Module):
         def __init__(self):
@@ -246,9 +223,4 @@ def test_a_layer_that_is_called_twice_is_seen_both_times():
             block(torch.randn(2, 4))
 
     shared, last = observe(block, ["shared", "last"], run)
-    assert (shared.once, last.once) == (False, True)
     assert (shared.hessian.tokens, last.hessian.tokens) == (12, 6)
-
-
-def stream_tokens(stream):
-    return sum(ids.numel() for ids in stream.ids)

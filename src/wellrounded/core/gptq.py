@@ -21,6 +21,8 @@ from .hessian import Factor, Hessian, factor
 from .scheme import Scheme
 from .weight import QuantizedWeight
 
+ORDERS = ("importance", "group", "stored")
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -28,20 +30,22 @@ class Settings:
 
     damping       relative strength of the ridge added to the Hessian's diagonal (see hessian.factor)
     panel         columns whose corrections are applied together; changes the speed, never the result
-    group_aware   round the groups with the largest inputs first, and the largest columns first inside each group
+    order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
     refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
     """
 
     damping: float = 0.01
     panel: int = 128
-    group_aware: bool = True
+    order: str = "importance"
     candidates: int = 32
     refit_sweeps: int = 1
 
     def __post_init__(self) -> None:
         if not self.damping >= 0 or self.panel < 1 or self.candidates < 1 or self.refit_sweeps < 0:
             raise UsageError(f"{self}: damping and refit_sweeps start at 0, panel and candidates at 1")
+        if self.order not in ORDERS:
+            raise UsageError(f"order={self.order!r} was asked for; use one of {', '.join(ORDERS)}")
 
 
 def solve(
@@ -60,7 +64,7 @@ def solve(
     grouped = torch.argsort(index, stable=True)
     scales, zeros = grid.search(weight[:, grouped], importance[grouped], scheme, settings.candidates)
 
-    order = _sweep_order(importance, index, settings.group_aware)
+    order = _sweep_order(importance, index, settings.order)
     factored = factor(hessian.matrix()[order][:, order], settings.damping)
     columns = weight.T[order].contiguous()
     codes = sweep(columns, factored.upper, scales.T, zeros.T, index.long()[order], scheme, settings.panel)
@@ -144,15 +148,18 @@ def _group_index(importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:
     return index
 
 
-def _sweep_order(importance: torch.Tensor, index: torch.Tensor, group_aware: bool) -> torch.Tensor:
+def _sweep_order(importance: torch.Tensor, index: torch.Tensor, order: str) -> torch.Tensor:
     """int64 [in]: which column is rounded when. The first ones suffer least, so the important ones go first.
 
-    Group-aware order sorts groups by their most important column and columns inside their group, which gets what
-    activation order gives without storing an index (GAR: Gafni et al., "Dual Precision Quantization for Efficient and
-    Accurate Deep Neural Networks Inference", 2025). Without it columns go by group, as stored.
+    Scales are settled before any code is chosen, so the order is free and costs nothing at run time, whatever it does
+    to the groups: columns are rounded in one order and stored in another. "group" keeps groups together, which is what
+    scales found along the way would need (GAR: Gafni et al., "Dual Precision Quantization for Efficient and Accurate
+    Deep Neural Networks Inference", 2025).
     """
+    if order == "importance":
+        return torch.argsort(importance, descending=True, stable=True)
     groups = index.long()
-    if not group_aware:
+    if order == "stored":
         return torch.argsort(groups, stable=True)
     peak = torch.zeros(int(groups.max()) + 1, device=importance.device)
     peak = peak.scatter_reduce(0, groups, importance, "amax", include_self=False)

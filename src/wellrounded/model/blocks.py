@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -79,20 +79,12 @@ def _is_transposed(module: nn.Module) -> bool:
     return type(module).__name__ == "Conv1D" and isinstance(getattr(module, "nf", None), int)
 
 
-class Enough(Exception):  # noqa: N818  # a signal, not an error
-    """Every layer that is being observed has been called: the rest of the block's forward would be wasted."""
-
-
 @dataclass
 class Siblings:
-    """Layers of one block that read the same tensor, in call order, and the Hessian they share.
-
-    `once` says that no forward called one of them twice.
-    """
+    """Layers of one block that read the same tensor, in call order, and the Hessian they share."""
 
     names: list[str]
     hessian: Hessian
-    once: bool = True
     _input: torch.Tensor | None = field(default=None, repr=False)
 
     def reads(self, x: torch.Tensor) -> bool:
@@ -101,19 +93,16 @@ class Siblings:
         return mine is not None and (mine.data_ptr(), mine.shape, mine.stride()) == (x.data_ptr(), x.shape, x.stride())
 
 
-def observe(
-    block: nn.Module, names: Collection[str], run: Callable[[], Iterable[torch.Tensor | None]], stop: bool = False
-) -> list[Siblings]:
+def observe(block: nn.Module, names: Iterable[str], run: Callable[[], Iterable[torch.Tensor | None]]) -> list[Siblings]:
     """Run the block over all calibration batches and collect one Hessian per set of siblings.
 
     `run()` yields once per batch, *before* it runs the block on it, with the batch's padding mask (bool
     [batch, length], or None). Siblings are found in the first batch in which a layer is called: inputs are compared
     by address, shape and stride while a reference keeps them alive. A layer that is never called has no siblings and
-    does not appear in the result. With `stop`, Enough is raised out of the forward as soon as all have been called.
+    does not appear in the result.
     """
     found: dict[str, Siblings] = {}
     sets: list[Siblings] = []
-    called: set[str] = set()  # in this batch
     mask: torch.Tensor | None = None
 
     def hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
@@ -122,24 +111,19 @@ def observe(
             if name not in found:
                 match = next((s for s in sets if s.reads(x)), None)
                 if match is None:
-                    match = Siblings([], Hessian(x.shape[-1], x.device), _input=x)
+                    match = Siblings([], Hessian(x.shape[-1], x.device), x)
                     sets.append(match)
                 match.names.append(name)
                 found[name] = match
             mine = found[name]
-            mine.once &= name not in called
-            called.add(name)
             if mine.names[0] == name and x.numel():
                 mine.hessian.update(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
-            if stop and len(called) == len(names):
-                raise Enough
 
         return before_forward
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
         for mask in run():  # noqa: B007  # the hooks read it
-            called.clear()
             for siblings in sets:
                 siblings._input = None  # the batch that named them is over; its memory may be reused by another
     finally:

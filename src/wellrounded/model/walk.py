@@ -10,16 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, NumericsError, UsageError
-from .blocks import Enough, Siblings, find_blocks, observe
-
-MOST_STAGES = 8  # a decoder block has four or five sets of siblings; experts make hundreds
+from .blocks import Siblings, find_blocks, observe
 
 Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
 Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden state
@@ -27,13 +25,6 @@ Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden 
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
     """Ends a hollow walk at the last block, so that the head never runs."""
-
-
-class Stage(NamedTuple):
-    """Layers that are observed together; `stop` says that a forward may end once all of them have been called."""
-
-    names: list[str]
-    stop: bool
 
 
 class Stream:
@@ -90,31 +81,15 @@ class BlockWalk:
                     raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
                 stream.hidden[batch] = output
 
-    def stages(self, index: int, stream: Stream, names: list[str]) -> list[Stage]:
-        """The named layers of block `index` in the order in which they can be quantized, each seeing the ones before.
+    def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings]:
+        """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
 
-        Found on the first batch: one stage per set of siblings, in call order. A block with many sets (experts), or
-        with layers that this batch does not reach, is one single stage: it would be run too often otherwise.
-        """
-        sets = observe(self.blocks[index], names, lambda: self._batches(index, stream, 1))
-        if len(sets) > MOST_STAGES or sum(len(s.names) for s in sets) < len(names):
-            return [Stage(names, False)]
-        return [Stage(s.names, s.once) for s in sets]
-
-    def observe(self, index: int, stream: Stream, names: list[str], stop: bool = False) -> list[Siblings]:
-        """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is.
-
-        With `stop`, each forward ends as soon as all of them have been called.
-        """
-        everything = len(stream.masks)
-        return observe(self.blocks[index], names, lambda: self._batches(index, stream, everything), stop)
-
-    def _batches(self, index: int, stream: Stream, count: int) -> Iterator[torch.Tensor | None]:
-        """The mask of each of the first batches, and then its run through the block."""
-        for batch, mask in enumerate(stream.masks[:count]):
-            yield mask
-            with suppress(Enough):
+        def run() -> Iterator[torch.Tensor | None]:
+            for batch, mask in enumerate(stream.masks):
+                yield mask
                 self._run(index, stream, batch)
+
+        return observe(self.blocks[index], names, run)
 
     def logits(self, stream: Stream, batch: int) -> torch.Tensor:
         """[batch, length, vocabulary]: the model's head on what the last block returned."""
