@@ -84,16 +84,16 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
     used = set(names.values())
     extras = {name: (lambda name=name: reader.read(name)) for name in reader.places if name not in used}
     return Source(
-        label,
-        model,
-        read,
-        lambda name: names.get(name, name),
-        extras,
-        json.loads((directory / "config.json").read_bytes()),
-        lambda target: copy_files(directory, target),
-        reader.bytes,
-        reader.fingerprint(),
-        tokenizer or load_tokenizer(directory, trust_remote_code),
+        label=label,
+        model=model,
+        read=read,
+        stored_name=lambda name: names.get(name, name),
+        extras=extras,
+        config=json.loads((directory / "config.json").read_bytes()),
+        write_files=lambda target: copy_files(directory, target),
+        bytes=reader.bytes,
+        fingerprint=reader.fingerprint(),
+        tokenizer=tokenizer or load_tokenizer(directory, trust_remote_code),
     )
 
 
@@ -156,16 +156,16 @@ def _from_gguf(path: Path) -> Source:
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     stat = path.stat()
     return Source(
-        path.stem,
-        model,
-        tensors.get,
-        lambda name: name,
-        {},
-        _plain_config(config, model),
-        lambda target: _save_files(model, tokenizer, target),
-        size,
-        f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
-        tokenizer,
+        label=path.stem,
+        model=model,
+        read=tensors.get,
+        stored_name=lambda name: name,
+        extras={},
+        config=_plain_config(config, model),
+        write_files=lambda target: _save_files(model, tokenizer, target),
+        bytes=size,
+        fingerprint=f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
+        tokenizer=tokenizer,
     )
 
 
@@ -179,16 +179,16 @@ def _from_memory(model: torch.nn.Module, tokenizer: Any, label: str) -> Source:
     for name, tensor in tensors.items():
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.double().sum().item()!r}".encode())
     return Source(
-        label,
-        skeleton,
-        tensors.get,
-        lambda name: name,
-        {},
-        _plain_config(model.config, model),
-        lambda target: _save_files(model, tokenizer, target),
-        sum(t.numel() * t.element_size() for t in distinct),
-        digest.hexdigest(),
-        tokenizer,
+        label=label,
+        model=skeleton,
+        read=tensors.get,
+        stored_name=lambda name: name,
+        extras={},
+        config=_plain_config(model.config, model),
+        write_files=lambda target: _save_files(model, tokenizer, target),
+        bytes=sum(t.numel() * t.element_size() for t in distinct),
+        fingerprint=digest.hexdigest(),
+        tokenizer=tokenizer,
     )
 
 
