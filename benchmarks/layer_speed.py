@@ -1,6 +1,6 @@
 """Every kernel against the dense product, for one layer: microseconds by number of rows.
 
-    python benchmarks/kernels.py [--shape 1536x576] [--bits 4] [--group-size 64] [--seconds 0.3]
+    python benchmarks/layer_speed.py [--shape 1536x576] [--bits 4] [--group-size 64] [--seconds 0.3]
 
 The dense product in the same dtype runs alternately with each kernel in the same process; medians are shown.
 """
