@@ -37,9 +37,7 @@ def load(
     """
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        source = open_source(path)
-        materialize(source.model, source.read)
-        return source.model
+        return _from_gguf(path)[0]
     directory = _resolve(path, str(model))
     config = load_config(directory, trust_remote_code)
     # Whatever can be refused is refused before anything is built: an unknown format, damaged or missing files.
@@ -61,8 +59,8 @@ def load(
             output_loading_info=True,
         )
     refuse_gaps(directory, found)
-    for layer in (m for m in loaded.modules() if isinstance(m, QuantLinear)):
-        if kernel is not None:
+    if kernel is not None:
+        for layer in (m for m in loaded.modules() if isinstance(m, QuantLinear)):
             layer.wanted_kernel = kernel
             layer.bind(loaded.dtype)
     return loaded.eval()
@@ -79,11 +77,15 @@ def load_with_tokenizer(model: str | Path, **options: Any) -> tuple[PreTrainedMo
     """The model as `load` gives it, and its tokenizer (None if there is none)."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        source = open_source(path)
-        materialize(source.model, source.read)
-        return source.model, source.tokenizer
+        return _from_gguf(path)
     directory = _resolve(path, str(model))
     return load(directory, **options), load_tokenizer(directory, options.get("trust_remote_code", False))
+
+
+def _from_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
+    source = open_source(path)
+    materialize(source.model, source.read)
+    return source.model, source.tokenizer
 
 
 def _resolve(path: Path, name: str) -> Path:
