@@ -49,14 +49,15 @@ def main() -> None:
     weight = rtn.solve(dense, None, Scheme(args.bits, args.group_size))
     need = kernels.Need(weight.scheme, inputs, outputs, "cpu", torch.bfloat16)
     fitting = [kernel for kernel in kernels.table() if kernel.refuses(need) is None]
-    matmuls = [kernel.prepare(weight, need) for kernel in fitting]
+    prepared = [(kernel, kernel.prepare(weight, need)) for kernel in fitting]
     bf16 = dense.bfloat16()
     print(f"{outputs}x{inputs}, {weight.scheme}, bfloat16, {torch.get_num_threads()} threads, microseconds")
     print("| rows | dense | " + " | ".join(kernel.NAME for kernel in fitting) + " |")
     print("|---" * (len(fitting) + 2) + "|")
     for rows in ROWS:
         x = torch.randn(rows, inputs).bfloat16()
-        calls = [lambda x=x: F.linear(x, bf16), *(lambda m=m, x=x: m(x, weight.dequantize) for m in matmuls)]
+        calls = [lambda x=x: F.linear(x, bf16)]
+        calls += [lambda k=k, p=p, x=x: k.matmul(x, p, weight.dequantize) for k, p in prepared]
         print(f"| {rows} | " + " | ".join(f"{t:.0f}" for t in timed(calls, args.seconds)) + " |", flush=True)
 
 

@@ -6,6 +6,14 @@ import pytest
 import torch
 
 import tiny
+import wellrounded as wr
+
+
+@pytest.fixture(autouse=True)
+def unregistered():
+    """Loading a model registers with transformers; the next test starts without."""
+    yield
+    wr.unregister()
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,7 @@
 import copy
 import io
 import pickle
-from dataclasses import replace
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -79,12 +79,13 @@ def test_it_answers_in_the_dtype_of_its_input(scheme, dtype):
     weight = make(scheme)
     layer = layer_of(weight, bias=True)
     need = kernels.Need(scheme, IN, OUT, "cpu", dtype)
-    matmul = kernels.select(need).prepare(weight, need)
+    kernel = kernels.select(need)
+    prepared = kernel.prepare(weight, need)
     for rows in (2, 40):
         x = inputs(rows, dtype=dtype)
         y = layer(x)
         assert y.dtype == dtype
-        assert torch.equal(y, matmul(x, weight.dequantize) + layer.bias.to(dtype))
+        assert torch.equal(y, kernel.matmul(x, prepared, weight.dequantize) + layer.bias.to(dtype))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
@@ -185,7 +186,10 @@ class Recorder:
 
     def prepare(self, weight, need):
         self.needs.append(need)
-        return lambda x, dense: F.linear(x, dense(x.dtype))
+        return [weight.codes]
+
+    def matmul(self, x, prepared, dense):
+        return F.linear(x, dense(x.dtype))
 
 
 @pytest.fixture
@@ -214,7 +218,7 @@ def test_bound_by_hand_it_is_not_bound_again(recorder):
 def test_on_another_device_it_is_bound_again(recorder):
     layer = layer_of(make(SCHEMES[0]))
     layer(inputs(2))
-    layer._bound_to = (torch.device("meta"), torch.float32)  # as if it had been there
+    layer._bound_to = torch.device("meta")  # as if it had been there
     layer(inputs(2))
     assert len(recorder.needs) == 2
 
@@ -286,24 +290,189 @@ def test_a_pickle_is_the_same_layer(bound):
 
 
 @pytest.mark.parametrize("bound", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_moved_to_float32_it_is_the_same_layer(scheme, bound):
-    """Scales become float32 and are read back as the float16 numbers that they were."""
+def test_moved_to_another_dtype_it_has_the_weight_that_it_had(scheme, dtype, bound):
+    """A dtype is one for activations: the stored scales stay what the file has."""
     weight = make(scheme)
     layer = layer_of(weight, bias=True)
     if bound:
         layer(inputs(2))
-    layer.to("cpu").to(torch.float32)
-    assert layer.qweight.dtype == layer.qzeros.dtype == layer.g_idx.dtype == torch.int32
+    layer.to("cpu").to(dtype)
+    assert {key: tensor.dtype for key, tensor in layer.tensors().items()} == {
+        "qweight": torch.int32, "qzeros": torch.int32, "scales": torch.float16, "g_idx": torch.int32,
+    }  # fmt: skip
+    assert layer.bias.dtype == dtype
+    assert torch.equal(layer.dense_weight(torch.float32), weight.dequantize())
     for rows in (2, 40):
-        assert_linear(layer(inputs(rows)), inputs(rows), weight.dequantize(), layer.bias)
+        assert_linear(layer(inputs(rows)), inputs(rows), weight.dequantize(), layer.bias.float())
+
+
+def test_moved_to_where_it_was_it_stays_bound(recorder):
+    layer = layer_of(make(SCHEMES[0]))
+    layer(inputs(2))
+    layer.to("cpu").to(torch.bfloat16)
+    layer(inputs(2))
+    assert len(recorder.needs) == 1
+
+
+def test_moved_away_it_is_unbound_and_bound_again_when_its_tensors_come_back(recorder):
+    layer = layer_of(make(SCHEMES[0]))
+    layer(inputs(2))
+    state = layer.state_dict()
+    layer.to("meta")
+    assert layer.kernel == ""
+    layer.load_state_dict(state, assign=True)
+    layer(inputs(2))
+    assert len(recorder.needs) == 2
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_moved_to_bfloat16_it_has_the_scales_that_bfloat16_can_hold(scheme):
-    """Like every module: what a dtype cannot hold is lost."""
-    weight = make(scheme)
-    layer = layer_of(weight).to(torch.bfloat16)
-    rounded = replace(weight, scales=weight.scales.bfloat16().half())
-    assert torch.equal(layer.quantized_weight().scales, rounded.scales)
-    assert_linear(layer(inputs(3)), inputs(3), rounded.dequantize())
+def test_read_in_place_it_multiplies_by_whatever_its_buffers_hold(scheme):
+    """As offloading moves them in and out, without telling the layer."""
+    weight, other = make(scheme), make(scheme, seed=1)
+    with torch.device("meta"):
+        layer = QuantLinear(IN, OUT, scheme, "gptq", False, NAME)
+    layer.read_in_place()
+    for held in (weight, other):
+        for key, tensor in gptq_format.to_tensors(held, "gptq").items():
+            setattr(layer, key, tensor)
+        assert_linear(layer(inputs(40)), inputs(40), held.dequantize())
+    assert layer.kernel == "reference"
+
+
+# Mixed precision, gradients, tracing
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("gradient", [True, False])
+def test_under_autocast_it_computes_in_its_dtype_as_a_dense_layer_does(rows, gradient):
+    layer = layer_of(make(SCHEMES[0]), bias=True)
+    dense = nn.Linear(IN, OUT)
+    x = inputs(rows).requires_grad_(gradient)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y, expected = layer(x), dense(x)
+    assert y.dtype == expected.dtype == torch.bfloat16
+    assert torch.equal(y.detach(), layer(x.detach().bfloat16()))
+    if gradient:
+        y.sum().backward()
+        assert x.grad.dtype == torch.float32
+
+
+def test_no_dense_weight_outlives_a_call_in_either_direction():
+    """Every tensor of the weight's shape is counted while three layers in a row are differentiated."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Count(TorchDispatchMode):
+        alive, most, made = weakref.WeakSet(), 0, 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.is_floating_point() and tensor.numel() == IN * IN:
+                    self.alive.add(tensor.untyped_storage())
+                    self.made += 1
+            self.most = max(self.most, len(self.alive))
+            return out
+
+    layers = [QuantLinear(IN, IN, Scheme(4, 32), "gptq_v2", False, NAME) for _ in range(3)]
+    for layer in layers:
+        layer.qzeros.fill_(-0x77777778)  # eights
+        layer.bind(torch.float32)
+
+    def most(linear) -> int:
+        x = inputs(5).requires_grad_()
+        with Count() as count:
+            y = x
+            for layer in layers:
+                y = linear(y, layer)
+            y.sum().backward()
+        assert count.made >= 6 and x.grad is not None
+        return count.most
+
+    one = most(lambda y, layer: layer(y))
+    assert most(lambda y, layer: F.linear(y, layer.weight)) == one
+    kept = most(lambda y, layer: F.linear(y, layer.dense_weight(y.dtype)))  # what autograd does with a plain weight
+    assert one < kept
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_compiled_it_is_one_node_without_a_break(scheme, dynamic):
+    layer = layer_of(make(scheme), bias=True)
+    layer.bind(torch.float32)
+    torch._dynamo.reset()  # it counts how often one piece of code was compiled
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=dynamic)
+    for rows in (1, 40, 3):
+        x = inputs(rows)
+        assert torch.equal(compiled(x), layer(x))
+        x.requires_grad_()
+        (gradient,) = torch.autograd.grad(compiled(x).sum(), x)
+        (expected,) = torch.autograd.grad(layer(x).sum(), x)
+        assert torch.equal(gradient, expected)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert compiled(inputs(3)).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+@pytest.mark.parametrize("rows", [1, 40])
+def test_the_operators_keep_every_promise_that_torch_checks(scheme, rows):
+    layer = layer_of(make(scheme))
+    layer.bind(torch.float32)
+    tensors = [layer.tensors()[key] for key in ("qweight", "qzeros", "scales", "g_idx")]
+    storage = (scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, "gptq")
+    x, gradient = inputs(rows).requires_grad_(), torch.randn(rows, OUT)
+    torch.library.opcheck(torch.ops.wellrounded.linear, (x, layer._prepared, layer.kernel, *tensors, *storage))
+    torch.library.opcheck(torch.ops.wellrounded.linear_backward, (gradient, *tensors, *storage))
+
+
+# Its weight, for those who read it
+
+
+def test_its_weight_is_known_by_shape_without_being_restored(monkeypatch):
+    layer = layer_of(make(SCHEMES[0]))
+    layer.bind(torch.bfloat16)
+    monkeypatch.setattr(QuantLinear, "dense_weight", None)
+    weight = layer.weight
+    assert weight.shape == weight.size() == (OUT, IN) and weight.dtype == torch.bfloat16
+    assert weight.device == torch.device("cpu") and not weight.requires_grad and weight.is_floating_point()
+    assert isinstance(layer, nn.Linear) and list(layer.parameters()) == []
+
+
+def test_whatever_is_computed_with_its_weight_is_a_plain_tensor():
+    weight = make(SCHEMES[0])
+    layer = layer_of(weight)
+    layer.bind(torch.float32)
+    dense = weight.dequantize()
+    for compute in (
+        lambda w: w.data, lambda w: w.T, lambda w: w.detach().clone(), lambda w: w + 1, lambda w: 1 + w,
+        lambda w: w.to(torch.float64), lambda w: torch.linalg.norm(w, dim=1), lambda w: torch.stack([w, w]),
+        lambda w: w[3], lambda w: w @ w.T, lambda w: F.linear(w, w), lambda w: torch.empty_like(w).copy_(w),
+    ):  # fmt: skip
+        result = compute(layer.weight)
+        assert type(result) is torch.Tensor and torch.equal(result, compute(dense))
+
+
+def test_multiplying_by_its_weight_is_its_own_product():
+    layer = layer_of(make(SCHEMES[0]), bias=True)
+    x = inputs(3)
+    y = F.linear(x, layer.weight)
+    assert torch.equal(y + layer.bias, layer(x))
+
+
+@pytest.mark.parametrize(
+    "write",
+    [lambda w: w.zero_(), lambda w: w.__iadd__(1), lambda w: setattr(w, "data", torch.ones(OUT, IN)),
+     lambda w: nn.init.normal_(w), lambda w: w.copy_(torch.ones(OUT, IN))],
+)  # fmt: skip
+def test_its_weight_cannot_be_written_to(write):
+    """A merged adapter that is lost without a word would be worse than an error."""
+    layer = layer_of(make(SCHEMES[0]))
+    with pytest.raises(UsageError, match=rf"^{NAME}: its weight is packed \(4-bit g32 sym\) and cannot be written to"):
+        write(layer.weight)
+
+
+def test_on_meta_its_weight_is_there_too():
+    with torch.device("meta"):
+        layer = QuantLinear(IN, OUT, SCHEMES[0], "gptq", False, NAME)
+    assert layer.weight.shape == (OUT, IN) and (layer.weight + 1).is_meta

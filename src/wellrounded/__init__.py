@@ -18,8 +18,8 @@ _HOMES = {
     "quantize": "api",
     "evaluate": "api",
     "load": "hf.load",
-    "register": "hf.quantizer",
-    "unregister": "hf.quantizer",
+    "register": "hf.register",
+    "unregister": "hf.register",
     "parse": "calibration",
     "Scheme": "core.scheme",
     "Recipe": "core.recipe",
@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from .core.scheme import Scheme
     from .errors import CheckpointError, NumericsError, UsageError, WellRoundedError
     from .hf.load import load
-    from .hf.quantizer import register, unregister
+    from .hf.register import register, unregister
 
 
 def __getattr__(name: str) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,13 @@ from typing import Any
 from . import __version__
 from . import calibration as data
 from . import evaluate as evaluation
-from .checkpoint import Source, Writer
+from .checkpoint import Writer
 from .core.gptq import Settings
 from .core.recipe import Recipe
-from .core.scheme import Scheme, default_group_size
 from .errors import UsageError
-from .model import blocks as layers_of
-from .pipeline import Progress, Run
+from .pipeline import Progress
 from .report import Report
-
-NONE = "none"  # calibration="none": plain rounding, in seconds
+from .request import Request, chosen_device, refuse_longer
 
 
 def quantize(
@@ -63,19 +59,12 @@ def quantize(
     out = Path(out).expanduser()
     Writer.check(out, force)
     _refuse_overlap(model, out)
-    device = _device(device)
-    if recipe is None:
-        Scheme(bits, group_size if group_size is not None else 128, sym, act_order)  # a wrong value is said at once
-    source = open_source(model, tokenizer, trust_remote_code)
-    if recipe is None:
-        patterns = [ignore] if isinstance(ignore, str) else list(ignore)
-        recipe = _recipe(source, bits, group_size, sym, act_order, patterns)
-    gathered = None
-    if not (isinstance(calibration, str) and calibration == NONE):
-        _refuse_longer(length, source.model)
-        vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
-        gathered = data.gather(calibration, source.tokenizer, samples, length, seed, vocab_size=vocabulary)
-    run = Run(source, recipe, gathered, settings or Settings(), device)
+    request = Request(
+        bits=bits, group_size=group_size, sym=sym, act_order=act_order, calibration=calibration, samples=samples,
+        length=length, seed=seed, ignore=ignore, recipe=recipe, settings=settings or Settings(),
+        device=chosen_device(device),
+    )  # fmt: skip
+    run = request.run(open_source(model, tokenizer, trust_remote_code))
     writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
     try:
         return run.write(writer, progress)
@@ -109,32 +98,9 @@ def evaluate(
         raise UsageError("the model has no tokenizer; pass one")
     if isinstance(against, (str, Path)):
         against, _ = load_with_tokenizer(against, trust_remote_code=trust_remote_code)
-    _refuse_longer(length, model)
+    refuse_longer(length, model)
     ids = data.tokenize(tokenizer, text)
     return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress)
-
-
-def _recipe(source: Source, bits: int, group_size: int | None, sym: bool, act_order: bool, ignore: list[str]) -> Recipe:
-    probe = Recipe.ignoring(Scheme(bits, -1, sym, act_order), ignore)
-    example = next((name for name, module in source.model.named_modules() if layers_of.is_linear(module)), "none")
-    for pattern in ignore:
-        if not any(re.search(pattern, name) for name, _ in source.model.named_modules()):
-            raise UsageError(
-                f"ignore={pattern!r} was asked for, but no layer's name holds it; layers are called like {example}"
-            )
-    inputs = []
-    for block in layers_of.find_blocks(source.model):
-        for name, layer in layers_of.linears(source.model.get_submodule(block)).items():
-            if probe.scheme_of(f"{block}.{name}") is not None:
-                inputs.append(layers_of.shape_of(layer)[1])
-    if group_size is None:
-        group_size = default_group_size(inputs)
-    elif inputs and group_size > max(inputs):
-        raise UsageError(
-            f"group_size={group_size} was asked for, but the widest layer has {max(inputs)} inputs; use "
-            f"{default_group_size(inputs)}, or -1 for one group per output"
-        )
-    return Recipe.ignoring(Scheme(bits, group_size, sym, act_order), ignore)
 
 
 def _refuse_overlap(model: Any, out: Path) -> None:
@@ -144,21 +110,3 @@ def _refuse_overlap(model: Any, out: Path) -> None:
     source, target = Path(model).expanduser().resolve(), out.resolve()
     if source.is_relative_to(target) or target.is_relative_to(source):
         raise UsageError(f"{out} and the model {model} lie one inside the other; name a directory beside the model")
-
-
-def _refuse_longer(length: int, model: Any) -> None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    if limit and length > limit:
-        raise UsageError(f"length={length} was asked for, but the model reads at most {limit} tokens; use {limit}")
-
-
-def _device(name: str) -> str:
-    import torch
-
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UsageError(f"device {name!r} was asked for: {str(error).splitlines()[0]}") from None
-    return name

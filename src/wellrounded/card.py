@@ -11,6 +11,15 @@ from typing import Any
 from .checkpoint import WEIGHT_SUFFIXES
 from .report import Report
 
+_USE = """```bash
+wellrounded chat {name}
+```
+```python
+import wellrounded
+model = wellrounded.load("{name}")
+```
+"""
+
 
 def copy_files(source: Path, target: Path) -> None:
     """Copy every file of a model directory that holds no weights, subdirectories included.
@@ -29,10 +38,10 @@ def copy_files(source: Path, target: Path) -> None:
 
 def write_files(directory: Path, config: dict[str, Any], quantization: dict[str, Any], report: Report) -> None:
     """Write all four; config.json goes last, since a directory without it is not a model."""
-    _dump(directory / "quantize_config.json", quantization)
-    _dump(directory / "quantization_report.json", report.to_dict())
+    dump(directory / "quantize_config.json", quantization)
+    dump(directory / "quantization_report.json", report.to_dict())
     (directory / "README.md").write_text(card(report), encoding="utf-8")
-    _dump(directory / "config.json", {**config, "quantization_config": quantization})
+    dump(directory / "config.json", {**config, "quantization_config": quantization})
 
 
 def card(report: Report) -> str:
@@ -62,14 +71,21 @@ pipeline_tag: text-generation
 Calibration: {calibration}. The figures compare with the original on text that was held out from calibration; every
 number, layer by layer, is in `quantization_report.json`.
 
-```bash
-wellrounded chat {name}
-```
-```python
-import wellrounded
-model = wellrounded.load("{name}")
-```
-{"Linear layers that stayed dense:" + chr(10) + kept if kept else ""}"""
+{_USE.format(name=name)}{"Linear layers that stayed dense:" + chr(10) + kept if kept else ""}"""
+
+
+def short_card(name: str, config: dict[str, Any]) -> str:
+    """A model card for packed weights of which no report tells how good they are."""
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [gptq, {config["bits"]}-bit, wellrounded]
+---
+# {name}
+
+A model in the GPTQ format, {config["bits"]} bits, groups of {config["group_size"]}.
+
+{_USE.format(name=name)}"""
 
 
 def to_json(content: Any) -> str:
@@ -85,5 +101,6 @@ def _finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
-def _dump(path: Path, content: dict[str, Any]) -> None:
+def dump(path: Path, content: dict[str, Any]) -> None:
+    """Write `content` as JSON."""
     path.write_text(to_json(content) + "\n", encoding="utf-8")

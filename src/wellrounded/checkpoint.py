@@ -54,14 +54,17 @@ class Source:
 class Reader:
     """Tensors of a directory's safetensors files by name; headers are read and checked when it is opened.
 
+    `files` are those that count, if not all do.
+
     Raises CheckpointError naming the file for a missing, truncated or corrupt shard, UsageError for a directory
     whose weights are in another format.
     """
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, files: Iterable[Path] | None = None) -> None:
+        self.directory = directory
         self.places: dict[str, Path] = {}
         self.bytes = 0
-        for path in _weight_files(directory):
+        for path in files or _weight_files(directory):
             header, start = read_header(path)
             self.places |= dict.fromkeys(header, path)
             self.bytes += path.stat().st_size - start

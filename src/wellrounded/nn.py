@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import nn
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from . import kernels
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import CheckpointError
+from .errors import CheckpointError, UsageError
 from .formats import gptq as gptq_format
+from .kernels import reference
+from .ops import dense_weight
+
+KEYS = ("qweight", "qzeros", "scales", "g_idx")
+
+# What can be asked of a PackedWeight without restoring it: these, and every attribute but _VALUES.
+_FACTS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point,
+          torch.Tensor.element_size}  # fmt: skip
+_VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 
 
-class QuantLinear(nn.Module):
+class QuantLinear(nn.Linear):
     """`y = x W^T + b` with W packed in the GPTQ format.
 
-    The buffers are the file's tensors: qweight, qzeros, scales, g_idx (see formats.gptq.layout) and bias. `bind`
-    chooses a kernel once they are loaded; until then, and after the layer has moved to another device, the first call
-    binds it.
+    The buffers are the file's tensors: qweight, qzeros, scales, g_idx (see formats.gptq.layout) and bias; there are no
+    parameters. `bind` chooses a kernel once they are loaded; until then, the first call binds it. It is an nn.Linear
+    for everyone who looks for linear layers to put an adapter on, and `weight` can be read like one.
     """
 
     def __init__(
@@ -30,31 +44,47 @@ class QuantLinear(nn.Module):
         name: str = "",
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
+        nn.Module.__init__(self)  # nn.Linear's own would allocate the weight that is not there
         self.in_features, self.out_features = in_features, out_features
         self.scheme, self.version, self.name = scheme, version, name
+        self.dtype = dtype or torch.get_default_dtype()  # of `weight`, for those who read it
         for key, (shape, kind) in gptq_format.layout(scheme, in_features, out_features).items():
             self.register_buffer(key, torch.zeros(shape, dtype=kind))
         self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
         self.wanted_kernel: str | None = None
-        self._matmul: kernels.Matmul | None = None
-        self._bound_to: tuple[torch.device, torch.dtype] | None = None
-        self.kernel = ""
+        self._kernel: kernels.Kernel | None = None
+        self._prepared: list[torch.Tensor] = []
+        self._bound_to: torch.device | None = None
         self.register_load_state_dict_post_hook(_unbind)
+
+    @property
+    def weight(self) -> PackedWeight:  # type: ignore[override]
+        """[out, in], restored when something is computed with it; read-only."""
+        return PackedWeight(self)
+
+    @property
+    def kernel(self) -> str:
+        """The name of the kernel it is bound to, "" before."""
+        return self._kernel.NAME if self._kernel else ""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """The file's tensors of the weight."""
+        return {key: getattr(self, key) for key in KEYS}
 
     def quantized_weight(self) -> QuantizedWeight:
         """The weight that the buffers hold. Raises CheckpointError if they are damaged."""
-        tensors = {key: getattr(self, key) for key in ("qweight", "qzeros", "scales", "g_idx")}
         return gptq_format.from_tensors(
-            tensors, self.scheme, self.in_features, self.out_features, self.version, self.name
+            self.tensors(), self.scheme, self.in_features, self.out_features, self.version, self.name
         )
 
     def dense_weight(self, dtype: torch.dtype) -> torch.Tensor:
-        """[out, in] dequantized weight."""
-        return self.quantized_weight().dequantize(dtype)
+        """[out, in] dequantized weight; the buffers are checked unless the layer is bound, which has done it."""
+        if self._kernel is None:
+            return self.quantized_weight().dequantize(dtype)
+        return dense_weight(self.tensors(), self.scheme, self.version, dtype)
 
     def bind(self, dtype: torch.dtype) -> None:
-        """Choose the kernel for activations of `dtype` on the device where the buffers are now, and prepare it."""
+        """Check the buffers, choose the kernel for activations of `dtype` on the device they are on, and prepare it."""
         if self.qweight.device.type == "meta":
             raise CheckpointError(f"{self.name}: its tensors are not loaded yet")
         weight = self.quantized_weight()
@@ -62,27 +92,122 @@ class QuantLinear(nn.Module):
         need = kernels.Need(
             weight.scheme, self.in_features, self.out_features, device.type, dtype, weight.evenly_grouped
         )
-        kernel = kernels.select(need, self.wanted_kernel)
-        self._matmul = kernel.prepare(weight, need)
-        self.kernel, self._bound_to = kernel.NAME, (device, dtype)
+        self._kernel = kernels.select(need, self.wanted_kernel)
+        self._prepared = self._kernel.prepare(weight, need)
+        self.scheme, self.dtype, self._bound_to = weight.scheme, dtype, device
+
+    def read_in_place(self) -> None:
+        """Multiply from the buffers themselves, wherever they are at each call: for layers that are offloaded."""
+        self.scheme = Scheme(self.scheme.bits, self.scheme.group_size, self.scheme.symmetric, act_order=True)
+        self._kernel, self._prepared, self._bound_to = reference, [], None  # type: ignore[assignment]
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., in_features] to [..., out_features], in the dtype of `x`."""
-        if self._matmul is None or self._bound_to is None or self._bound_to[0] != x.device:
-            self.bind(x.dtype)
-        assert self._matmul is not None
-        y = self._matmul(x, self.dense_weight)
+        """[..., in_features] to [..., out_features], in the dtype of `x`, or in autocast's where that is on."""
+        y = self.multiply(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T, differentiable in x, without the bias."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        if torch.compiler.is_compiling():
+            return self._traced(x)
+        if self._kernel is None or (self._prepared and self._bound_to != x.device):
+            self.bind(x.dtype)
+        return _Product.apply(x, self) if x.requires_grad and torch.is_grad_enabled() else self.product(x)
+
+    def product(self, x: torch.Tensor) -> torch.Tensor:
+        """x W^T by the bound kernel, without gradients."""
+        assert self._kernel is not None
+        return self._kernel.matmul(x, self._prepared, self.dense_weight)
+
+    def _traced(self, x: torch.Tensor) -> torch.Tensor:
+        scheme = self.scheme
+        return torch.ops.wellrounded.linear(
+            x, self._prepared, self.kernel or reference.NAME, self.qweight, self.qzeros, self.scales, self.g_idx,
+            scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, self.version,
+        )  # fmt: skip
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> QuantLinear:
+        """Moves everything; scales keep their own dtype, and a bound layer is bound again where it arrives."""
+        scales = self.scales
+        super()._apply(fn, recurse)
+        self.scales = scales.to(self.scales.device)
+        if self._bound_to not in (None, self.qweight.device):
+            _unbind(self)
+            if self.qweight.device.type != "meta":
+                self.bind(self.dtype)
+        return self
 
     def __getstate__(self) -> dict[str, object]:
         """Copies and pickles are unbound: a kernel's layout belongs to these buffers on this machine."""
-        return {**self.__dict__, "_matmul": None, "_bound_to": None, "kernel": ""}
+        return {**self.__dict__, "_kernel": None, "_prepared": [], "_bound_to": None}
 
     def extra_repr(self) -> str:
         """Shown by print(model)."""
         return f"{self.in_features}, {self.out_features}, {self.scheme}, kernel={self.kernel or 'unbound'}"
 
 
-def _unbind(layer: QuantLinear, _keys: object) -> None:
+def _unbind(layer: QuantLinear, _keys: object = None) -> None:
     """After other tensors were loaded: the kernel that was bound has its own copy of the old ones."""
-    layer._matmul, layer._bound_to, layer.kernel = None, None, ""
+    layer._kernel, layer._prepared, layer._bound_to = None, [], None
+
+
+class _Product(torch.autograd.Function):
+    """x W^T, differentiable in x: the dense weight is restored for each direction and never kept between them."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient @ ctx.layer.dense_weight(gradient.dtype), None
+
+
+class PackedWeight(torch.Tensor):
+    """Stands for the weight of a QuantLinear: has its shape, dtype and device, and its values when they are needed.
+
+    Whatever is computed with it gives plain tensors. Multiplying by it, `F.linear(x, weight)`, is the layer's own
+    product, so no dense copy outlives the call even while a graph is recorded. It cannot be written to.
+    """
+
+    layer: QuantLinear
+    _is_hf_initialized = True  # transformers gives random values to what does not carry this mark
+
+    @staticmethod
+    def __new__(cls, layer: QuantLinear) -> PackedWeight:
+        shape = (layer.out_features, layer.in_features)
+        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.qweight.device)
+        made.layer = layer
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = kwargs or {}, func.__name__
+        if func in _FACTS or (name == "__get__" and func.__self__.__name__ not in _VALUES):
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        target = next(iter((*args, *kwargs.values())))
+        in_place = name.endswith("_") and not name.endswith("__")
+        if isinstance(target, cls) and (in_place or name == "__set__"):
+            layer = target.layer
+            raise UsageError(
+                f"{layer.name}: its weight is packed ({layer.scheme}) and cannot be written to; call "
+                "model.dequantize() first, or merge an adapter with `wellrounded merge`"
+            )
+        if func is F.linear and len(args) == 2 and isinstance(args[1], cls) and not kwargs:
+            return args[1].layer.multiply(args[0])
+        return func(*tree_map_only(cls, cls.restore, args), **tree_map_only(cls, cls.restore, kwargs))
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        return func(*tree_map_only(cls, cls.restore, args), **tree_map_only(cls, cls.restore, kwargs or {}))
+
+    def restore(self) -> torch.Tensor:
+        """[out, in] the values, as a plain tensor."""
+        if self.layer.qweight.device.type == "meta":
+            return torch.empty(self.layer.out_features, self.layer.in_features, dtype=self.layer.dtype, device="meta")
+        return self.layer.dense_weight(self.layer.dtype)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -43,6 +43,16 @@ class Progress:
     what: str
 
 
+class Store(Protocol):
+    """Where the parts of a result go, and which of them are there already: a checkpoint.Writer, or memory."""
+
+    finished: dict[str, Any]
+
+    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None: ...
+
+    def read_part(self, part: str) -> dict[str, torch.Tensor]: ...
+
+
 class Run:
     """One quantization: a source, a recipe, calibration windows (or None for plain rounding), and where it goes."""
 
@@ -53,7 +63,9 @@ class Run:
         calibration: Calibration | None,
         settings: gptq.Settings,
         device: str = "cpu",
+        batch: int | None = None,
     ) -> None:
+        self.batch = batch
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         self.walk = BlockWalk(source.model, source.read, device)
         self.plan = make_plan(source.model, self.walk.names, recipe)
@@ -62,7 +74,14 @@ class Run:
         self.report.notes, self.report.overlooked = self.plan.notes(), self.plan.overlooked
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
-        """Quantize block after block into `writer`; the report of the finished checkpoint."""
+        """Quantize into `writer` and finish it; the report of the finished checkpoint."""
+        started = time.perf_counter()
+        self.quantize(writer, tell)
+        self._finish(writer, started)
+        return self.report
+
+    def quantize(self, writer: Store, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
+        """Quantize block after block into `writer`; the report, without what only a finished checkpoint has."""
         started = time.perf_counter()
         calibrating, dense, quantized = self._streams()
         if OUTSIDE not in writer.finished:
@@ -78,7 +97,10 @@ class Run:
             done = time.perf_counter() - started
             tell(Progress(index + 1, len(self.walk.names), done, name))
         self.report.fidelity = self._fidelity(dense, quantized)
-        self._finish(writer, started)
+        self.report.calibration = self.calibration.to_dict() if self.calibration else None
+        self.report.parameters = sum(p.numel() for p in self.source.model.parameters())
+        self.report.source_bytes, self.report.peak_rss_bytes = self.source.bytes, peak_rss_bytes()
+        self.report.seconds = {"total": time.perf_counter() - started}
         return self.report
 
     def _streams(self) -> tuple[list[Stream], list[Stream], list[Stream]]:
@@ -86,7 +108,7 @@ class Run:
         if self.calibration is None:
             return [], [], []
         windows, held = self.calibration.windows, self.calibration.held_out
-        batch = max(1, BATCH_TOKENS // windows.length)
+        batch = self.batch or max(1, BATCH_TOKENS // windows.length)
         calibrating = [self.walk.stream(windows.ids, windows.mask, batch)]
         if not len(held):
             return calibrating, [], []
@@ -115,7 +137,10 @@ class Run:
         """Sets of siblings with their Hessian; layers that no token reached come last, one by one, without one."""
         unseen = dict.fromkeys(names)
         for stream in calibrating:
-            for siblings in self.walk.observe(index, stream, names):
+            found = self.walk.observe(index, stream, names)
+            for number, siblings in enumerate(found):
+                if number and self.settings.true_sequential:  # by now, those before them are rounded
+                    siblings = self.walk.observe(index, stream, siblings.names)[0]
                 yield siblings.names, siblings.hessian
                 for name in siblings.names:
                     del unseen[name]
@@ -232,19 +257,14 @@ class Run:
         return fidelity.to_dict()
 
     def _finish(self, writer: Writer, started: float) -> None:
-        self.report.calibration = self.calibration.to_dict() if self.calibration else None
         self.report.out = str(writer.out)
-        self.report.source_bytes = self.source.bytes
-        self.report.parameters = sum(p.numel() for p in self.source.model.parameters())
-        self.report.peak_rss_bytes = peak_rss_bytes()
         writer.finish([OUTSIDE, *self.walk.names], lambda directory: self._write_rest(directory, started))
 
     def _write_rest(self, directory: Path, started: float) -> None:
         self.source.write_files(directory)
         self.report.size_bytes = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
         self.report.seconds = {"total": time.perf_counter() - started}
-        stored = config_format.to_config(self.recipe, self.version, self.plan.kept, self.meta())
-        card.write_files(directory, self.source.config, stored, self.report)
+        card.write_files(directory, self.source.config, self.stored_config(), self.report)
 
     def request(self) -> dict[str, Any]:
         """What decides every byte of the result, JSON-ready: a run is continued only by an equal request."""
@@ -256,6 +276,8 @@ class Run:
             "calibration": self.calibration.digest if self.calibration else None,
         }
 
-    def meta(self) -> dict[str, Any]:
-        """How the codes were found; informative, no reader needs it."""
-        return {"damp_percent": self.settings.damping, "order": self.settings.order}
+    def stored_config(self) -> dict[str, Any]:
+        """The `quantization_config` of the result; how the codes were found is in it too, though no reader needs it."""
+        meta = {"damp_percent": self.settings.damping, "order": self.settings.order}
+        stored = config_format.to_config(self.recipe, self.version, self.plan.kept, meta)
+        return {**stored, "true_sequential": self.settings.true_sequential}

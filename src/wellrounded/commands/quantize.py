@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _calibration(specs: list[str] | None) -> Any:
-    from ..api import NONE
     from ..calibration import parse
+    from ..request import NONE
 
     if specs is None:
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..errors import UsageError
@@ -21,6 +22,16 @@ class Rule:
             re.compile(self.pattern)
         except re.error as error:
             raise UsageError(f"pattern {self.pattern!r} is not a regular expression: {error}") from None
+
+    @classmethod
+    def all_but(cls, endings: Iterable[str]) -> Rule:
+        """A rule that keeps every layer dense whose name does not end with one of these, whole parts compared.
+
+        >>> rule = Rule.all_but(["self_attn.q_proj"])
+        >>> [bool(re.match(rule.pattern, name)) for name in ("h.0.self_attn.q_proj", "h.0.self_attn.kq_proj")]
+        [False, True]
+        """
+        return cls(rf"(?!(?:.*\.)?(?:{'|'.join(map(re.escape, endings))})$)", None)
 
 
 @dataclass(frozen=True)

@@ -178,5 +178,4 @@ def _unlisted(config: Json) -> list[Rule]:
     suffixes = [suffix for entry in listed for suffix in ([entry] if isinstance(entry, str) else entry)]
     if not suffixes:
         return []
-    endings = "|".join(re.escape(suffix) for suffix in (*suffixes, "lm_head"))
-    return [Rule(rf"(?!(?:.*\.)?(?:{endings})$)", None)]
+    return [Rule.all_but([*suffixes, "lm_head"])]

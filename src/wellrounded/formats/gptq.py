@@ -84,13 +84,30 @@ def from_tensors(
     if reason := scheme.refuses(in_features, out_features):
         raise CheckpointError(f"{name}: {reason}, so this cannot be a GPTQ layer; the configuration must keep it dense")
     shapes = layout(scheme, in_features, out_features)
-    packed = {key: _take(tensors, name, key, shapes[key][0], (torch.int32,)) for key in ("qweight", "qzeros")}
+    for key, dtypes in (("qweight", (torch.int32,)), ("qzeros", (torch.int32,)), ("scales", SCALES)):
+        _take(tensors, name, key, shapes[key][0], dtypes)
     index, scheme = _group_index(tensors, scheme, in_features, name)
+    weight = decode({**tensors, "g_idx": index.to(tensors["qweight"].device)}, scheme, version)
+    _check_scales(tensors["scales"], weight.scales, name)
+    _check_zeros(weight.zeros, scheme, version, name)
+    return weight
+
+
+def decode(tensors: Tensors, scheme: Scheme, version: str) -> QuantizedWeight:
+    """What `from_tensors` gives for the same tensors once it has found them good, without looking again.
+
+    `scheme` must have act_order if `g_idx` is not trivial.
+    """
+    zeros = bits.unpack(tensors["qzeros"], scheme.bits, dim=1, count=tensors["scales"].shape[1])
+    if version == "gptq":
+        # AutoGPTQ wrote zero point 0 as -1, all bits set. Some old kernels read that as 2^bits, which no code reaches;
+        # GPTQModel and the kernels descended from it wrap back to 0, the value the quantizer meant.
+        zeros = (zeros + 1) & scheme.max_code
     return QuantizedWeight(
-        codes=bits.unpack(packed["qweight"], scheme.bits, dim=0, count=in_features).T,
-        scales=_scales(_take(tensors, name, "scales", shapes["scales"][0], SCALES), name),
-        zeros=_zeros(packed["qzeros"], scheme, out_features, version, name),
-        group_index=index.to(packed["qweight"].device),
+        codes=bits.unpack(tensors["qweight"], scheme.bits, dim=0, count=len(tensors["g_idx"])).T,
+        scales=tensors["scales"].T.to(torch.float16).contiguous(),
+        zeros=zeros.T.contiguous(),
+        group_index=tensors["g_idx"],
         scheme=scheme,
     )
 
@@ -136,9 +153,7 @@ def _group_index(tensors: Tensors, scheme: Scheme, in_features: int, name: str) 
     return index, replace(scheme, act_order=scheme.act_order or not torch.equal(index.cpu(), trivial))
 
 
-def _scales(stored: torch.Tensor, name: str) -> torch.Tensor:
-    """float16 [out, groups]."""
-    scales = stored.T.to(torch.float16).contiguous()
+def _check_scales(stored: torch.Tensor, scales: torch.Tensor, name: str) -> None:
     broken = int((~torch.isfinite(scales)).sum())
     if broken and torch.isfinite(stored).all():
         raise CheckpointError(
@@ -150,16 +165,9 @@ def _scales(stored: torch.Tensor, name: str) -> torch.Tensor:
             f"{name}.scales is NaN or Inf in {broken} of {scales.numel()} values, expected none; fetch the "
             "checkpoint again, or quantize the original model again"
         )
-    return scales
 
 
-def _zeros(qzeros: torch.Tensor, scheme: Scheme, out_features: int, version: str, name: str) -> torch.Tensor:
-    """uint8 [out, groups] zero points."""
-    zeros = bits.unpack(qzeros, scheme.bits, dim=1, count=out_features)
-    if version == "gptq":
-        # AutoGPTQ wrote zero point 0 as -1, all bits set. Some old kernels read that as 2^bits, which no code reaches;
-        # GPTQModel and the kernels descended from it wrap back to 0, the value the quantizer meant.
-        zeros = (zeros + 1) & scheme.max_code
+def _check_zeros(zeros: torch.Tensor, scheme: Scheme, version: str, name: str) -> None:
     if scheme.symmetric and not (zeros == scheme.midpoint).all():
         low, high = int(zeros.min()), int(zeros.max())
         other = VERSIONS[1 - VERSIONS.index(version)]
@@ -168,4 +176,3 @@ def _zeros(qzeros: torch.Tensor, scheme: Scheme, out_features: int, version: str
             f'everywhere because the layer is symmetric; in quantization_config set "sym": false'
             + (f', or "checkpoint_format": {other!r} if that is how it was written' if low == high else "")
         )
-    return zeros.T.contiguous()

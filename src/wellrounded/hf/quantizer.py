@@ -2,186 +2,151 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import re
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
-from transformers.quantizers import auto
 from transformers.quantizers.base import HfQuantizer
 
-from ..checkpoint import read_header
-from ..core.recipe import Recipe
-from ..errors import CheckpointError
+from .. import kernels
+from ..errors import UsageError
 from ..formats import config as config_format
-from ..formats import gptq as gptq_format
-from ..model.blocks import find_blocks, is_linear, shape_of
+from ..model.blocks import oriented
 from ..nn import QuantLinear
-from .source import wrong_shape
-
-DTYPES = {"I32": torch.int32, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
-LISTS = "modules_in_block_to_quantize"
-
-
-class GPTQConfig(transformers.GPTQConfig):
-    """What config.json says, whole: transformers' class would drop `dynamic` and every other key it does not know.
-
-    It must carry the name of its parent: transformers compares class names when a configuration is passed for a model
-    that is quantized already.
-    """
-
-    def __init__(self, bits: int, **kwargs: Any) -> None:
-        self._stored = {"bits": bits, **kwargs}
-        # The parent asks for the optimum package as soon as this one is set.
-        super().__init__(bits=bits, **{k: v for k, v in kwargs.items() if k != LISTS})
-        self.modules_in_block_to_quantize = kwargs.get(LISTS)
-
-    def to_dict(self) -> dict[str, Any]:
-        """The stored keys as they were; calibration data and tokenizers never belong into config.json."""
-        return {"quant_method": "gptq", **{k: v for k, v in self._stored.items() if k not in ("dataset", "tokenizer")}}
+from ..pipeline import Run
+from ..report import Report
+from .gptq_config import GPTQConfig, kernel_of, request_of
+from .on_the_fly import Memory, fill, put_layers, quantize_files
+from .packed import headers, packed_layers
+from .source import skeleton, wrong_shape
 
 
 class Quantizer(HfQuantizer):
-    """Swaps linear layers for QuantLinear before the weights are read, and binds kernels after."""
+    """Swaps linear layers for QuantLinear before the weights are read, and fills and binds them after.
 
-    requires_calibration = True  # quantizing on the fly is not this class's business
+    The packed tensors come from the checkpoint, or, if that is dense, from a quantization that runs before anything
+    else is read, one block at a time: the dense model never is in memory as a whole. `report` is what it found.
+    """
 
-    def __init__(self, quantization_config: GPTQConfig, **kwargs: Any) -> None:
+    def __init__(self, quantization_config: Any, **kwargs: Any) -> None:
         super().__init__(quantization_config, **kwargs)
-        self.stored = config_format.from_config(quantization_config.to_dict())
+        self.report: Report | None = None
+        self.files: list[str] = []
+        self.kernel = kernel_of(quantization_config.backend)
+        if self.pre_quantized:
+            self.stored = config_format.from_config(quantization_config.to_dict())
+        else:
+            self.request = request_of(quantization_config)
+            self.tokenizer = quantization_config.tokenizer
+        self.made: dict[str, dict[str, torch.Tensor]] = {}  # packed tensors that are in no file, by layer
         self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
         self.shapes: dict[str, torch.Size] = {}  # of all tensors, as the model needs them
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises UsageError for a device map that a model cannot be quantized onto."""
+        if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
+            raise UsageError(
+                "the device map puts layers on disk, where only a finished checkpoint can lie; quantize into a "
+                "directory first (wellrounded quantize), then load that"
+            )
 
     def _process_model_before_weight_loading(
         self, model: nn.Module, checkpoint_files: list[str] | None = None, **kwargs: Any
     ) -> None:
+        if getattr(model.config, "distributed_config", None) is not None:
+            raise UsageError("tensor parallel layouts of packed weights are not implemented; use device_map instead")
+        self.files = list(checkpoint_files or [])
+        if not self.pre_quantized:
+            return
         prefix = f"{model.base_model_prefix}."
-        stored = {name.removeprefix(prefix): entry for name, entry in _headers(checkpoint_files or []).items()}
-        for name, scheme in _planned(model, self.stored.recipe, stored, prefix).items():
-            layer = model.get_submodule(name)
-            outputs, inputs = shape_of(layer)
-            replacement = QuantLinear(
-                inputs, outputs, scheme, self.stored.version, layer.bias is not None, name, model.config.dtype
-            )
-            # Some models (GPT-2, Mamba) give their layers' weights a first value before the files are read.
-            replacement.weight = _nothing_to_initialize()
-            parent, _, leaf = name.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, replacement.to("meta"))
-            if f"{name.removeprefix(prefix)}.g_idx" not in stored:
-                self.without_index.add(name)
+        stored = {name.removeprefix(prefix): entry for name, entry in headers(self.files).items()}
+        schemes = packed_layers(model, self.stored.recipe, stored, prefix)
+        put_layers(model, schemes, self.stored.version, model.config.dtype)
+        self.without_index = {name for name in schemes if f"{name.removeprefix(prefix)}.g_idx" not in stored}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
+    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+        """Quantizes, if that is what was asked for.
+
+        Of all hooks before the weights are read it is the first one outside the contexts in which transformers builds
+        a model: there, every new tensor would be on the meta device and in the model's dtype.
+        """
+        if not self.pre_quantized:
+            self.take(model, *quantize_files(model, self.files, self.request, self.tokenizer))
+        return super().update_weight_conversions(weight_conversions, model)
+
+    def take(self, model: nn.Module, run: Run, memory: Memory) -> None:
+        """Put the packed layers that `run` made into `model`, whose other tensors are still to be read."""
+        put_layers(model, run.plan.schemes, run.version, model.config.dtype)
+        fill(model, memory.layers)
+        self.made, self.report = memory.layers, run.report
+        self.quantization_config = GPTQConfig.from_dict(run.stored_config())
+        # transformers would warn that the files lack what was just made, and hold what it was made from.
+        mine = {rf"^{re.escape(name)}\.(qweight|qzeros|scales|g_idx)$" for name in self.made}
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *mine}
+        dense = {rf"(^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.weight$" for name in self.made}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *dense}
+
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
-        for name, tensor in model.state_dict().items():
+        model.config.quantization_config = self.quantization_config
+        for name, tensor in model.state_dict().items() if self.pre_quantized else ():
             if tensor.shape != self.shapes[name]:  # older versions of transformers take whatever they find
                 raise wrong_shape(name, tensor.shape, self.shapes[name])
-        for module in (m for m in model.modules() if isinstance(m, QuantLinear)):
-            del module.weight
-            if module.qweight.device.type == "meta":
+        fill(model, self.made)
+        self.made = {}
+        for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
+            if layer.qweight.device.type == "meta":  # offloaded: its tensors come when it is called
+                self._refuse_kernel_for(layer)
+                layer.read_in_place()
                 continue
-            if module.name in self.without_index:  # its buffer holds whatever was in memory
-                module.g_idx = module.scheme.trivial_group_index(module.in_features).to(module.qweight.device)
-            module.bind(model.dtype)
+            if layer.name in self.without_index:  # its buffer holds whatever was in memory
+                layer.g_idx = layer.scheme.trivial_group_index(layer.in_features).to(layer.qweight.device)
+            layer.wanted_kernel = self.kernel
+            layer.bind(model.dtype)
         return model
+
+    def _refuse_kernel_for(self, layer: QuantLinear) -> None:
+        if self.kernel not in (None, kernels.reference.NAME):
+            raise UsageError(
+                f"kernel {self.kernel!r} was asked for, but {layer.name} is offloaded, and only the reference kernel "
+                "reads a file's own layout; leave the choice to wellrounded"
+            )
+
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+        """Every QuantLinear becomes the layer that it was, with the weight that it stands for."""
+        before, dtype = model.dtype, dtype or model.dtype
+        original = skeleton(type(model), model.config)
+        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
+            if layer.qweight.device.type == "meta":
+                raise UsageError(f"{name} is offloaded; load the model without offloading to dequantize it")
+            dense = original.get_submodule(name)
+            weight = oriented(dense, layer.dense_weight(dtype)).contiguous()
+            dense.weight = nn.Parameter(weight)
+            if layer.bias is not None:
+                dense.bias = nn.Parameter(layer.bias.to(dtype))
+            model.set_submodule(name, dense.train(layer.training))
+        for parameter in model.parameters():
+            if parameter.dtype == before:  # some stay in float32 on purpose
+                parameter.data = parameter.data.to(dtype)
+        return model
+
+    @property
+    def origin(self) -> Path | None:
+        """The directory that the files were read from."""
+        return Path(self.files[0]).parent if self.files else None
 
     @property
     def is_trainable(self) -> bool:
         """Adapters can be trained on top."""
         return True
 
+    @property
+    def is_compileable(self) -> bool:
+        """A layer is one operator in a compiled graph."""
+        return True
+
     def is_serializable(self, *args: Any, **kwargs: Any) -> bool:
         """The buffers are the file's tensors."""
         return True
-
-
-def _nothing_to_initialize() -> torch.Tensor:
-    empty = torch.empty(0)
-    empty._is_hf_initialized = True
-    return empty
-
-
-def _headers(files: list[str]) -> dict[str, tuple[tuple[int, ...], torch.dtype | None]]:
-    """Shape and dtype of every tensor in safetensors files."""
-    found = {}
-    for file in files:
-        for name, entry in read_header(Path(file))[0].items():
-            found[name] = (tuple(entry["shape"]), DTYPES.get(entry["dtype"]))
-    return found
-
-
-def _planned(model: nn.Module, recipe: Recipe, stored: dict, prefix: str) -> dict[str, Any]:
-    """Each linear layer that the files hold packed, with its scheme, its tensors' shapes checked.
-
-    `stored` is what the files hold, by name without the base model's `prefix`, which some of them leave out.
-    Raises CheckpointError for a layer that is neither packed nor dense in the files, for tensors of the wrong shape,
-    and for packed tensors that no layer of the model would take.
-    """
-    blocks = tuple(f"{name}." for name in find_blocks(model))
-    planned: dict[str, Any] = {}
-    for name, module in model.named_modules():
-        if not is_linear(module):
-            continue
-        bare, scheme = name.removeprefix(prefix), recipe.scheme_of(name)
-        if f"{bare}.qweight" in stored and scheme is not None:
-            planned[name] = scheme
-            _check_shapes(name, bare, module, scheme, stored)
-        elif f"{bare}.weight" not in stored and name.startswith(blocks):
-            raise CheckpointError(
-                f"{name}.qweight is missing, and so is a dense {name}.weight; fetch the checkpoint again"
-            )
-    known = {name.removeprefix(prefix) for name in planned}
-    stray = [name for name in stored if name.endswith(".qweight") and name.removesuffix(".qweight") not in known]
-    if stray:
-        raise CheckpointError(
-            f"{stray[0]} and {len(stray) - 1} more packed weights belong to no linear layer of "
-            f"{type(model).__name__}; this version of wellrounded cannot load this checkpoint"
-        )
-    return planned
-
-
-def _check_shapes(name: str, bare: str, layer: nn.Module, scheme: Any, stored: dict) -> None:
-    outputs, inputs = shape_of(layer)
-    for key, (shape, dtype) in gptq_format.layout(scheme, inputs, outputs).items():
-        tensor = f"{bare}.{key}"
-        if tensor not in stored:
-            if key == "g_idx" and not scheme.act_order:
-                continue
-            raise CheckpointError(f"{name}.{key} is missing; fetch the checkpoint again")
-        seen, kind = stored[tensor]
-        if seen != shape or (kind != dtype and key != "scales"):
-            raise CheckpointError(
-                f"{name}.{key} is {kind} {list(seen)}, expected {dtype} {list(shape)} for {scheme}; check bits and "
-                "group_size in quantization_config, or fetch the checkpoint again"
-            )
-
-
-def register() -> None:
-    """Let transformers' `from_pretrained` load GPTQ checkpoints with this engine; `unregister` undoes it."""
-    if auto.AUTO_QUANTIZER_MAPPING["gptq"] is not Quantizer:
-        _before.append((auto.AUTO_QUANTIZER_MAPPING["gptq"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"]))
-        auto.AUTO_QUANTIZER_MAPPING["gptq"] = Quantizer
-        auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = GPTQConfig
-
-
-def unregister() -> None:
-    """Give "gptq" back to whoever had it before `register`."""
-    if _before:
-        auto.AUTO_QUANTIZER_MAPPING["gptq"], auto.AUTO_QUANTIZATION_CONFIG_MAPPING["gptq"] = _before.pop()
-
-
-@contextmanager
-def registered() -> Iterator[None]:
-    """Registered for as long as the block runs, and afterwards as it was before."""
-    already = bool(_before)
-    register()
-    try:
-        yield
-    finally:
-        if not already:
-            unregister()
-
-
-_before: list[tuple[Any, Any]] = []

@@ -59,13 +59,22 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
     if getattr(config, "quantization_config", None) is not None:
         method = config.to_dict()["quantization_config"].get("quant_method", "some method")
         raise UsageError(f"{label}: already quantized ({method}); start from the original model")
-    reader = Reader(directory)
-    model = _skeleton(config, trust_remote_code)
+    tokenizer = tokenizer or load_tokenizer(directory, trust_remote_code)
+    return open_files(Reader(directory), config, AutoModelForCausalLM, label, tokenizer, trust_remote_code)
+
+
+def open_files(
+    reader: Reader, config: Any, kind: Any, label: str, tokenizer: Any, trust_remote_code: bool = False
+) -> Source:
+    """The dense model in the files of one directory, which is a `kind`: a model's class, or an Auto class."""
+    directory = reader.directory
+    model = skeleton(kind, config, trust_remote_code)
     names = _stored_names(model, set(reader.places))
     if names is None:
         # The file's tensors become the model's by more than renaming (fused experts, say): transformers does it.
-        loaded, found = AutoModelForCausalLM.from_pretrained(
+        loaded, found = kind.from_pretrained(
             directory,
+            config=config,
             dtype="auto",
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
@@ -73,7 +82,7 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
             output_loading_info=True,
         )
         refuse_gaps(directory, found)
-        source = _from_memory(loaded, tokenizer or load_tokenizer(directory, trust_remote_code), label)
+        source = _from_memory(loaded, tokenizer, label)
         source.config, source.fingerprint = json.loads((directory / "config.json").read_bytes()), reader.fingerprint()
         source.write_files = lambda target: copy_files(directory, target)
         return source
@@ -93,7 +102,7 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
         write_files=lambda target: copy_files(directory, target),
         bytes=reader.bytes,
         fingerprint=reader.fingerprint(),
-        tokenizer=tokenizer or load_tokenizer(directory, trust_remote_code),
+        tokenizer=tokenizer,
     )
 
 
@@ -143,7 +152,7 @@ def _from_gguf(path: Path) -> Source:
 
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        model = _skeleton(config, False)
+        model = skeleton(AutoModelForCausalLM, config)
         with redirect_stderr(io.StringIO()):  # its progress bar has no switch
             loaded = load_gguf_checkpoint(path, return_tensors=True, model_to_load=model, torch_dtype=COMPUTE)
         tensors = loaded["tensors"]
@@ -202,7 +211,7 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> transformer
         raise UsageError(f"{directory / 'config.json'}: {str(error).strip().splitlines()[0]}") from None
     apart = directory / "quantize_config.json"  # where old tools described the quantization, and nowhere else
     if not getattr(config, "quantization_config", None) and apart.is_file():
-        config.quantization_config = _read_quantization(apart)
+        config.quantization_config = read_quantization(apart)
     remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
         raise UsageError(
@@ -218,7 +227,8 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> transformer
     return config
 
 
-def _read_quantization(path: Path) -> dict[str, Any]:
+def read_quantization(path: Path) -> dict[str, Any]:
+    """What a quantize_config.json says. Raises CheckpointError if it is no JSON object."""
     try:
         return {"quant_method": "gptq", **json.loads(path.read_bytes())}
     except (ValueError, TypeError) as error:
@@ -232,10 +242,13 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
 
 
-def _skeleton(config: transformers.PretrainedConfig, trust_remote_code: bool) -> transformers.PreTrainedModel:
-    """The model with parameters on the meta device and computed buffers."""
+def skeleton(kind: Any, config: Any, trust_remote_code: bool = False) -> transformers.PreTrainedModel:
+    """A `kind` (a model's class, or an Auto class) with parameters on the meta device and computed buffers."""
     with init_empty_weights(include_buffers=False):
-        model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE, trust_remote_code=trust_remote_code)
+        if hasattr(kind, "from_config"):
+            model = kind.from_config(config, dtype=COMPUTE, trust_remote_code=trust_remote_code)
+        else:
+            model = kind._from_config(config, dtype=COMPUTE)
     model.tie_weights()
     return model.eval()
 

@@ -6,6 +6,7 @@ It computes `(code - 8) * scale + zero` with scales and zeros in the dtype of th
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,7 @@ from ..core.weight import QuantizedWeight
 from . import reference
 
 if TYPE_CHECKING:
-    from . import Dense, Matmul, Need
+    from . import Dense, Need
 
 NAME = "torch-int4"
 GROUPS = (256, 128, 64, 32)
@@ -42,8 +43,8 @@ def refuses(need: Need) -> str | None:
     return None
 
 
-def prepare(weight: QuantizedWeight, need: Need) -> Matmul:
-    """Pack codes for the kernel; many rows, none, and inputs that need a gradient take the reference way."""
+def prepare(weight: QuantizedWeight, need: Need) -> list[torch.Tensor]:
+    """Packed codes, scales and zeros in the dtype of the input, and the columns' order unless it is the stored one."""
     group = _group(need)
     assert group is not None, "prepare is called only when refuses() is None"
     order = None if weight.trivially_grouped else torch.argsort(weight.group_index.long(), stable=True)
@@ -57,19 +58,21 @@ def prepare(weight: QuantizedWeight, need: Need) -> Matmul:
     scales = weight.scales.float()
     offsets = (8 - zeros - shift) * scales
     both = torch.stack([scales, offsets], -1).repeat_interleave(repeats, 1).transpose(0, 1)
-    scales_and_zeros = both.contiguous().to(need.dtype)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(codes, 1)
+    return [packed, both.contiguous().to(need.dtype), *([] if order is None else [order])]
 
-    def matmul(x: torch.Tensor, dense: Dense) -> torch.Tensor:
-        rows = x.numel() // x.shape[-1]
-        trained = x.requires_grad and torch.is_grad_enabled()
-        if not 0 < rows <= FEW_ROWS or x.dtype != need.dtype or trained:
-            return reference.matmul(x, dense)
-        flat = x.reshape(rows, -1) if order is None else x.reshape(rows, -1)[:, order]
-        out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), packed, group, scales_and_zeros)
-        return out.reshape(*x.shape[:-1], -1)
 
-    return matmul
+def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> torch.Tensor:
+    """[..., in] to [..., out]; many rows, none, and another dtype than was prepared take the reference way."""
+    packed, scales_and_zeros, *order = prepared
+    columns = x.shape[-1]
+    rows = x.numel() // columns
+    if not 0 < rows <= FEW_ROWS or x.dtype != scales_and_zeros.dtype:
+        return reference.matmul(x, (), dense)
+    flat = x.reshape(rows, columns) if not order else x.reshape(rows, columns)[:, order[0]]
+    group = columns // scales_and_zeros.shape[0]
+    out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat.contiguous(), packed, group, scales_and_zeros)
+    return out.reshape(*x.shape[:-1], -1)
 
 
 def _group(need: Need) -> int | None:

@@ -1,0 +1,106 @@
+"""Quantize while a model is being loaded: block by block from its files, the result straight into the model."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from ..checkpoint import Reader
+from ..core.scheme import Scheme
+from ..errors import UsageError
+from ..model.blocks import shape_of
+from ..nn import KEYS, QuantLinear
+from ..pipeline import OUTSIDE, Run
+from ..request import NONE, Request
+from .source import open_files
+
+
+class Memory:
+    """A pipeline.Store that keeps the packed layers, and nothing else."""
+
+    def __init__(self) -> None:
+        self.finished: dict[str, Any] = {OUTSIDE: None}
+        self.layers: dict[str, dict[str, torch.Tensor]] = {}  # by name in the model
+
+    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
+        """Keep what is packed of one block."""
+        for name, tensor in tensors.items():
+            layer, _, key = name.rpartition(".")
+            if f"{layer}.qweight" in tensors and key in KEYS:
+                self.layers.setdefault(layer, {})[key] = tensor
+
+    def read_part(self, part: str) -> dict[str, torch.Tensor]:
+        """Never called: a run that finds nothing finished replays nothing."""
+        raise KeyError(part)
+
+
+def quantize_files(model: nn.Module, files: list[str] | None, request: Request, tokenizer: Any) -> tuple[Run, Memory]:
+    """Quantize the dense checkpoint in `files`, whose architecture is `model`'s; one block is in memory at a time.
+
+    Raises UsageError if there are no files, or the model is no causal language model.
+    """
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        seen = Path(files[0]).name if files else "a state_dict"
+        raise UsageError(
+            f"quantizing while loading reads safetensors files, and {seen} was given; convert it with transformers' "
+            "save_pretrained first"
+        )
+    if model.get_output_embeddings() is None:
+        raise UsageError(f"{type(model).__name__} has no head to predict tokens with; load it as a causal model")
+    config = copy.copy(model.config)
+    del config.quantization_config
+    name = config.name_or_path
+    if isinstance(tokenizer, str) or (tokenizer is None and request.calibration != NONE):
+        tokenizer = _tokenizer(tokenizer or name)
+    elif tokenizer is not None and not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise UsageError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer, or the name of one")
+    reader = Reader(Path(files[0]).parent, map(Path, files))
+    source = open_files(reader, config, type(model), name, tokenizer)
+    source.stored_name = lambda name: name
+    return quantize_in_memory(request.run(source))
+
+
+def quantize_in_memory(run: Run) -> tuple[Run, Memory]:
+    """Carry out `run`; its packed layers are in the Memory. Says what is wrong with the result, if anything is."""
+    memory = Memory()
+    bar = logging.tqdm(total=len(run.walk.names), desc="Quantizing blocks")
+    report = run.quantize(memory, lambda progress: bar.update())
+    bar.close()
+    for problem in report.problems():
+        warnings.warn(f"{report.source}: {problem}", UserWarning, stacklevel=2)
+    return run, memory
+
+
+def put_layers(model: nn.Module, schemes: dict[str, Scheme], version: str, dtype: torch.dtype) -> None:
+    """Replace the named linear layers of `model` by QuantLinear without tensors."""
+    for name, scheme in schemes.items():
+        layer = model.get_submodule(name)
+        outputs, inputs = shape_of(layer)
+        with torch.device("meta"):
+            packed = QuantLinear(inputs, outputs, scheme, version, layer.bias is not None, name, dtype)
+        packed._is_hf_initialized = True  # or transformers would give first values to a weight that is not there
+        model.set_submodule(name, packed)
+
+
+def fill(model: nn.Module, layers: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Give each named QuantLinear its packed tensors, on the device where its buffers are, if they are on one."""
+    for name, tensors in layers.items():
+        layer = model.get_submodule(name)
+        for key, tensor in tensors.items():
+            place = getattr(layer, key).device
+            setattr(layer, key, tensor if place.type == "meta" else tensor.to(place))
+
+
+def _tokenizer(name: str) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise UsageError(f"calibration needs a tokenizer; give GPTQConfig one, {name!r} has none ({reason})") from None

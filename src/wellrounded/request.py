@@ -1,0 +1,124 @@
+"""A request: what somebody asks of a quantization, through whichever door they came."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from . import calibration as data
+from .checkpoint import Source
+from .core.gptq import Settings
+from .core.recipe import Recipe, Rule
+from .core.scheme import Scheme, default_group_size
+from .errors import UsageError
+from .model import blocks as layers_of
+from .pipeline import Run
+
+NONE = "none"  # calibration="none": plain rounding, in seconds
+
+
+@dataclass(frozen=True)
+class Request:
+    """The options of `wellrounded.quantize`, which explains them, and those that only transformers' GPTQConfig has:
+
+    only        endings of layers' names; every other linear layer stays dense
+    batch       windows per forward pass; by default as many as keep the machine busy
+    min_tokens  calibration data of fewer tokens is refused
+    """
+
+    bits: int = 4
+    group_size: int | None = None
+    sym: bool = True
+    act_order: bool = False
+    calibration: Any = None
+    samples: int = 128
+    length: int = 512
+    seed: int = 0
+    ignore: Sequence[str] = ()
+    only: Sequence[str] = ()
+    recipe: Recipe | None = None
+    settings: Settings = field(default_factory=Settings)
+    device: str = "auto"
+    batch: int | None = None
+    min_tokens: int = 2048
+
+    def __post_init__(self) -> None:
+        if self.recipe is None:  # a wrong value is said at once, before anything is read
+            Scheme(self.bits, 128 if self.group_size is None else self.group_size, self.sym, self.act_order)
+        if isinstance(self.ignore, str):
+            object.__setattr__(self, "ignore", [self.ignore])
+        for pattern in self.ignore:
+            Rule(pattern, None)
+
+    def run(self, source: Source) -> Run:
+        """The run that carries it out. Raises UsageError if `source` and the request do not fit together."""
+        recipe = self.recipe or self._recipe(source)
+        calibration = None
+        if not (isinstance(self.calibration, str) and self.calibration == NONE):
+            refuse_longer(self.length, source.model)
+            vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
+            calibration = data.gather(
+                self.calibration, source.tokenizer, self.samples, self.length, self.seed,
+                vocab_size=vocabulary, min_tokens=self.min_tokens,
+            )  # fmt: skip
+        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch)
+
+    def _recipe(self, source: Source) -> Recipe:
+        names = [name for name, module in source.model.named_modules() if layers_of.is_linear(module)]
+        example = next(iter(names), "none")
+        for pattern in self.ignore:
+            if not any(re.search(pattern, name) for name, _ in source.model.named_modules()):
+                raise UsageError(
+                    f"ignore={pattern!r} was asked for, but no layer's name holds it; layers are called like {example}"
+                )
+        for ending in self.only:
+            if not any(f".{name}".endswith(f".{ending}") for name in names):
+                raise UsageError(
+                    f"only {ending!r} was asked for, but no layer's name ends so; layers are called like {example}"
+                )
+
+        def recipe(group_size: int) -> Recipe:
+            whole = Recipe.ignoring(Scheme(self.bits, group_size, self.sym, self.act_order), list(self.ignore))
+            return Recipe(whole.scheme, (*whole.rules, Rule.all_but(self.only))) if self.only else whole
+
+        inputs = _inputs(source, recipe(-1))
+        if self.group_size is None:
+            return recipe(default_group_size(inputs))
+        if inputs and self.group_size > max(inputs):
+            raise UsageError(
+                f"group_size={self.group_size} was asked for, but the widest layer has {max(inputs)} inputs; use "
+                f"{default_group_size(inputs)}, or -1 for one group per output"
+            )
+        return recipe(self.group_size)
+
+
+def refuse_longer(length: int, model: Any) -> None:
+    """Raises UsageError if the model cannot read windows of `length` tokens."""
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    if limit and length > limit:
+        raise UsageError(f"length={length} was asked for, but the model reads at most {limit} tokens; use {limit}")
+
+
+def chosen_device(name: str) -> str:
+    """ "auto" is the first GPU if there is one. Raises UsageError for a device that is not there."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UsageError(f"device {name!r} was asked for: {str(error).splitlines()[0]}") from None
+    return name
+
+
+def _inputs(source: Source, recipe: Recipe) -> list[int]:
+    """The number of inputs of every layer in the blocks that the recipe does not keep dense."""
+    return [
+        layers_of.shape_of(layer)[1]
+        for block in layers_of.find_blocks(source.model)
+        for name, layer in layers_of.linears(source.model.get_submodule(block)).items()
+        if recipe.scheme_of(f"{block}.{name}") is not None
+    ]
