@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "quantize": "api",
     "evaluate": "api",
+    "merge": "api",
     "load": "hf.load",
     "register": "hf.register",
     "unregister": "hf.register",
@@ -33,11 +34,11 @@ _HOMES = {
 
 __all__ = [
     "CheckpointError", "NumericsError", "Recipe", "Rule", "Scheme", "Settings", "UsageError", "WellRoundedError",
-    "__version__", "evaluate", "load", "parse", "quantize", "register", "unregister",
+    "__version__", "evaluate", "load", "merge", "parse", "quantize", "register", "unregister",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .api import evaluate, quantize
+    from .api import evaluate, merge, quantize
     from .calibration import parse
     from .core.gptq import Settings
     from .core.recipe import Recipe, Rule

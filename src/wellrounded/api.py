@@ -9,7 +9,7 @@ from typing import Any
 from . import __version__
 from . import calibration as data
 from . import evaluate as evaluation
-from .checkpoint import Writer
+from .checkpoint import Source, Writer
 from .core.gptq import Settings
 from .core.recipe import Recipe
 from .errors import UsageError
@@ -64,13 +64,59 @@ def quantize(
         length=length, seed=seed, ignore=ignore, recipe=recipe, settings=settings or Settings(),
         device=chosen_device(device),
     )  # fmt: skip
-    run = request.run(open_source(model, tokenizer, trust_remote_code))
+    source = model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
+    run = request.run(source)
     writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
     try:
         return run.write(writer, progress)
     except BaseException:
         writer.abandon()
         raise
+
+
+def merge(
+    adapter: str | Path,
+    out: str | Path,
+    *,
+    base: str | Path | None = None,
+    dense: bool = False,
+    calibration: Any = None,
+    force: bool = False,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> Report | None:
+    """Merge a PEFT adapter into the dequantized weights of its base, and quantize the sum into the directory `out`.
+
+    base     the model it was trained on, if it is not where the adapter says; a quantized one or a dense one
+    dense    write the sum as a dense model instead, in the base's own dtype; then there is no report
+    calibration, options   as for `quantize`; unless they say otherwise, each layer gets the scheme that it had
+
+    Raises UsageError if there is no such adapter or base, or if options for quantizing come with `dense`.
+    """
+    from .hf.merge import merge as merge_dense
+
+    out = Path(out).expanduser()
+    Writer.check(out, force)
+    if dense and (options or calibration is not None):
+        asked = ", ".join([*options, *(["calibration"] if calibration is not None else [])])
+        raise UsageError(f"{asked}: asked for together with a dense result, for which nothing is quantized; choose one")
+    merged = merge_dense(adapter, base, trust_remote_code)
+    if dense:
+        merged.model.to(merged.dtype)
+        writer = Writer(out, {"adapter": str(adapter), "base": merged.base}, force, fresh=True)
+
+        def write(directory: Path) -> None:
+            merged.model.save_pretrained(directory)
+            if merged.tokenizer is not None:
+                merged.tokenizer.save_pretrained(directory)
+
+        writer.finish([], write)
+        return None
+    source = merged.source()
+    source.label = f"{Path(merged.base).name} with {Path(adapter).name}"
+    if not {"bits", "group_size", "sym", "act_order", "ignore", "recipe"} & options.keys():
+        options["recipe"] = merged.recipe
+    return quantize(source, out, calibration=calibration, force=force, **options)
 
 
 def evaluate(

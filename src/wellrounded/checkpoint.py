@@ -221,7 +221,8 @@ class Writer:
         with _writing(ready):
             shutil.rmtree(ready, ignore_errors=True)
             ready.mkdir()
-            join([self.path_of(part) for part in parts], ready)
+            if paths := [self.path_of(part) for part in parts]:
+                join(paths, ready)
             write_rest(ready)
             self._swap(ready)
             shutil.rmtree(self.partial)

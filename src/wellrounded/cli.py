@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     top.add_argument("--version", action="version", version=f"wellrounded {__version__}")
     verbs = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
     _quantize(verbs)
+    _merge(verbs)
     _eval(verbs)
     _chat(verbs)
     _inspect(verbs)
@@ -114,6 +115,17 @@ def _quantize(verbs: Any) -> None:
         metavar="PATTERN",
         help="keep layers dense in whose name this regular expression is found (repeatable)",
     )
+    _calibration(verb)
+    run = verb.add_argument_group("the run")
+    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    run.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    again = run.add_mutually_exclusive_group()
+    again.add_argument("--resume", action="store_true", help="go on with an unfinished run (what happens anyway)")
+    again.add_argument("--fresh", action="store_true", help="start over instead of going on with an unfinished run")
+    run.add_argument("--json", action="store_true", help="print the report as one JSON object on standard output")
+
+
+def _calibration(verb: argparse.ArgumentParser) -> None:
     data = verb.add_argument_group("calibration")
     data.add_argument(
         "--calibration",
@@ -125,13 +137,19 @@ def _quantize(verbs: Any) -> None:
     data.add_argument("--samples", type=int, default=128, metavar="N", help="windows (default: 128)")
     data.add_argument("--length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="order of mixed sources (default: 0)")
-    run = verb.add_argument_group("the run")
-    run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
-    run.add_argument("--force", action="store_true", help="replace OUT if it exists")
-    again = run.add_mutually_exclusive_group()
-    again.add_argument("--resume", action="store_true", help="go on with an unfinished run (what happens anyway)")
-    again.add_argument("--fresh", action="store_true", help="start over instead of going on with an unfinished run")
-    run.add_argument("--json", action="store_true", help="print the report as one JSON object on standard output")
+
+
+def _merge(verbs: Any) -> None:
+    verb = _verb(verbs, "merge", "merge a PEFT adapter into its base, and quantize the sum")
+    verb.add_argument("adapter", metavar="ADAPTER", help="a directory that PEFT wrote, or a hub id")
+    verb.add_argument("-o", "--out", required=True, metavar="OUT", help="directory for the result")
+    verb.add_argument("--base", metavar="MODEL", help="the model it was trained on (default: what the adapter says)")
+    verb.add_argument("--dense", action="store_true", help="write a dense model instead of a quantized one")
+    verb.add_argument("--bits", type=int, help="2, 3, 4 or 8 for every layer (default: what each layer had)")
+    _calibration(verb)
+    verb.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
+    verb.add_argument("--force", action="store_true", help="replace OUT if it exists")
+    verb.add_argument("--json", action="store_true", help="print the report as one JSON object on standard output")
 
 
 def _eval(verbs: Any) -> None:

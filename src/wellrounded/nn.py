@@ -132,7 +132,8 @@ class QuantLinear(nn.Linear):
         """Moves everything; scales keep their own dtype, and a bound layer is bound again where it arrives."""
         scales = self.scales
         super()._apply(fn, recurse)
-        self.scales = scales.to(self.scales.device)
+        if self.scales.dtype != scales.dtype:
+            self.scales = scales.to(self.scales.device)
         if self._bound_to not in (None, self.qweight.device):
             _unbind(self)
             if self.qweight.device.type != "meta":

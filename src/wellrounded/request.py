@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ class Request:
     only        endings of layers' names; every other linear layer stays dense
     batch       windows per forward pass; by default as many as keep the machine busy
     min_tokens  calibration data of fewer tokens is refused
+
+    A `length` of None is 512, or what the model can read if that is less.
     """
 
     bits: int = 4
@@ -36,7 +38,7 @@ class Request:
     act_order: bool = False
     calibration: Any = None
     samples: int = 128
-    length: int = 512
+    length: int | None = 512
     seed: int = 0
     ignore: Sequence[str] = ()
     only: Sequence[str] = ()
@@ -44,7 +46,7 @@ class Request:
     settings: Settings = field(default_factory=Settings)
     device: str = "auto"
     batch: int | None = None
-    min_tokens: int = 2048
+    min_tokens: int = data.ENOUGH
 
     def __post_init__(self) -> None:
         if self.recipe is None:  # a wrong value is said at once, before anything is read
@@ -59,12 +61,18 @@ class Request:
         recipe = self.recipe or self._recipe(source)
         calibration = None
         if not (isinstance(self.calibration, str) and self.calibration == NONE):
-            refuse_longer(self.length, source.model)
+            length = self.length or min(512, _limit(source.model) or 512)
+            refuse_longer(length, source.model)
             vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
             calibration = data.gather(
-                self.calibration, source.tokenizer, self.samples, self.length, self.seed,
-                vocab_size=vocabulary, min_tokens=self.min_tokens,
+                self.calibration, source.tokenizer, self.samples, length, self.seed,
+                vocab_size=vocabulary, min_tokens=self.min_tokens, little=self.min_tokens < length,
             )  # fmt: skip
+            if (tokens := calibration.windows.tokens) < data.ENOUGH:
+                little = f"calibrated on {tokens:,} tokens, hardly better than plain rounding; give {data.ENOUGH:,}"
+                calibration = replace(
+                    calibration, note="\n".join(filter(None, [calibration.note, f"{little} or more"]))
+                )
         return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch)
 
     def _recipe(self, source: Source) -> Recipe:
@@ -98,9 +106,13 @@ class Request:
 
 def refuse_longer(length: int, model: Any) -> None:
     """Raises UsageError if the model cannot read windows of `length` tokens."""
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = _limit(model)
     if limit and length > limit:
         raise UsageError(f"length={length} was asked for, but the model reads at most {limit} tokens; use {limit}")
+
+
+def _limit(model: Any) -> int | None:
+    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
 
 
 def chosen_device(name: str) -> str:

@@ -4,9 +4,9 @@
 `windows` cuts tokens, `builtin` is the text used when nothing is named.
 """
 
-from .mixture import Calibration, SourceUse, gather
+from .mixture import ENOUGH, Calibration, SourceUse, gather
 from .rows import tokenize
 from .sources import KNOWN, Source, parse
 from .windows import Windows
 
-__all__ = ["KNOWN", "Calibration", "Source", "SourceUse", "Windows", "gather", "parse", "tokenize"]
+__all__ = ["ENOUGH", "KNOWN", "Calibration", "Source", "SourceUse", "Windows", "gather", "parse", "tokenize"]

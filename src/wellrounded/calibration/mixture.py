@@ -21,6 +21,7 @@ NOTHING_NAMED = (
     "no calibration data named: using English and code from the Python standard library; "
     'to name some: calibration="wikitext2", a file, or a list of texts like those the model will meet'
 )
+ENOUGH = 2048  # tokens: with fewer, the second moments of a layer's inputs say next to nothing
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,7 @@ class _Asked(NamedTuple):
     length: int
     vocab_size: int | None
     min_tokens: int  # of one source; 0 where several are counted together
+    little: bool  # whether less than a window will do
 
 
 class _Part(NamedTuple):
@@ -109,19 +111,21 @@ def gather(
     seed: int = 0,
     held_out: int = 16,
     vocab_size: int | None = None,
-    min_tokens: int = 2048,
+    min_tokens: int = ENOUGH,
+    little: bool = False,
 ) -> Calibration:
     """`samples` windows of `length` tokens and up to `held_out` others, from whatever the user names; deterministic.
 
     `calibration` is None for built-in text, a specification (see `parse`) or several parsed ones, or rows: texts, chats
     in the {"role", "content"} form, or token ids, the only kind that needs no `tokenizer`. Texts and ids of several
     lengths are packed without padding. `seed` orders the windows of several sources; one source keeps its order. Token
-    ids are checked against `vocab_size`, and data of fewer than `min_tokens` tokens is refused.
+    ids are checked against `vocab_size`, and data of fewer than `min_tokens` tokens is refused. With `little`,
+    less than a window will do.
     """
     _check_numbers(samples, length, held_out)
     sources = sources_of("builtin" if calibration is None else calibration)
     shares = _shares(sources, samples)
-    asked = _Asked(tokenizer, length, vocab_size, min_tokens if len(sources) == 1 else 0)
+    asked = _Asked(tokenizer, length, vocab_size, min_tokens if len(sources) == 1 else 0, little)
     parts = [_take(source, *numbers, asked) for source, *numbers in zip(sources, shares, _split(held_out, shares))]
     total = sum(part.tokens for part in parts)
     if total < min_tokens:
@@ -143,6 +147,8 @@ def _take(source: Source | Given, samples: int, held_out: int, asked: _Asked) ->
     rows, passed_over = source.read((samples + held_out) * asked.length)
     found = sort_out(rows, source.title)
     tokens = check_ids(encode(found, asked.tokenizer, asked.length, source.title), asked.vocab_size, source.title)
+    if isinstance(tokens, Tensor) and asked.min_tokens <= len(tokens) < asked.length and asked.little:
+        tokens = [Row(tokens)]  # one window, as long as it is
     available = _available(tokens, asked, source.title)
     divide = cut if isinstance(tokens, Tensor) else pick
     windows, kept_out = divide(tokens, asked.length, samples, held_out)

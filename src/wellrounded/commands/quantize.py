@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import shlex
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .terminal import print_json, print_table, progress, stderr, stdout
+
+if TYPE_CHECKING:
+    from ..report import Report
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
             group_size=args.group_size,
             sym=args.sym,
             act_order=args.act_order,
-            calibration=_calibration(args.calibration),
+            calibration=calibration_of(args.calibration),
             samples=args.samples,
             length=args.length,
             seed=args.seed,
@@ -36,7 +39,12 @@ def run(args: argparse.Namespace) -> int:
             trust_remote_code=args.trust_remote_code,
             progress=lambda p: bar.step(p.done, p.total, p.seconds),
         )
-    if args.json:
+    return show(report, args.json, args.model)
+
+
+def show(report: Report, as_json: bool, original: str | None) -> int:
+    """The table (or the JSON), how to use the result, and everything that is wrong with it; the exit code."""
+    if as_json:
         print_json(report.to_dict())
     else:
         used = report.calibration["description"].splitlines() if report.calibration else ["none: plain rounding"]
@@ -46,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
         stdout.print(f"\nrun it:   wellrounded chat {out}")
         if not report.notes:
             stdout.print(f"serve it: vllm serve {out}")
-        stdout.print(f"check it: wellrounded eval {out} --against {shlex.quote(args.model)}")
+        if original:
+            stdout.print(f"check it: wellrounded eval {out} --against {shlex.quote(original)}")
     for note in report.notes:
         stderr.print(f"note: {note}")
     for problem in report.problems():
@@ -54,7 +63,8 @@ def run(args: argparse.Namespace) -> int:
     return 3 if report.problems() else 0
 
 
-def _calibration(specs: list[str] | None) -> Any:
+def calibration_of(specs: list[str] | None) -> Any:
+    """What --calibration means."""
     from ..calibration import parse
     from ..request import NONE
 

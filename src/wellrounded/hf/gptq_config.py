@@ -15,7 +15,7 @@ from ..errors import UsageError
 from ..request import NONE, Request
 
 LISTS = "modules_in_block_to_quantize"
-GIVEN = "_given"  # on a user's configuration: the arguments that were given, beside those that have a default
+GIVEN = "_given"  # on a user's configuration: the arguments that were given; on one of ours, the whole Request
 
 # How kernels of other tools were chosen. Each of them here: a choice of ours, or none.
 READS_THE_FILE = "reference"
@@ -124,6 +124,13 @@ def kernel_of(backend: str | None) -> str | None:
     raise UsageError(f"backend={backend!r} was asked for; there are auto, {', '.join(ours)}")
 
 
+def asking(request: Request, kernel: str | None = None) -> transformers.GPTQConfig:
+    """A GPTQConfig for `from_pretrained` that asks for exactly this."""
+    config = transformers.GPTQConfig(bits=request.bits, backend=kernel)
+    setattr(config, GIVEN, request)
+    return config
+
+
 def request_of(config: transformers.GPTQConfig) -> Request:
     """The quantization that a user's GPTQConfig asks for; what has no meaning here is said in one warning.
 
@@ -132,6 +139,8 @@ def request_of(config: transformers.GPTQConfig) -> Request:
     usual = {p.name: p.default for p in inspect.signature(transformers.GPTQConfig).parameters.values()}
     differing = {k: v for k, v in vars(config).items() if k in usual and v != usual[k]}
     given = getattr(config, GIVEN, differing)
+    if isinstance(given, Request):
+        return given
     idle = [f"{name} ({reason})" for name, reason in WITHOUT_MEANING.items() if given.get(name) is not None]
     known = {*usual, *OLD_SWITCHES, *WITHOUT_MEANING, "quant_method"}
     idle += [f"{name} (unknown)" for name in given if name not in known]
@@ -148,7 +157,7 @@ def request_of(config: transformers.GPTQConfig) -> Request:
         sym=config.sym,
         act_order=config.desc_act,
         calibration=_calibration(config.dataset),
-        length=wish("model_seqlen", Request.length),
+        length=wish("model_seqlen", None),
         only=_flat(config.modules_in_block_to_quantize),
         settings=Settings(
             damping=wish("damp_percent", usual_settings.damping),

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
 
 from .. import kernels
@@ -15,7 +14,7 @@ from ..errors import CheckpointError, UsageError
 from ..formats.config import from_config
 from ..model.walk import materialize
 from ..request import NONE, Request
-from .on_the_fly import quantize_in_memory
+from .gptq_config import asking
 from .quantizer import Quantizer
 from .register import register
 from .source import download, load_config, load_tokenizer, open_source, refuse_gaps
@@ -52,39 +51,65 @@ def load(
     register()
     bits = bits or (4 if load_in_4bit else 8 if load_in_8bit else None)
     request = Request(bits=bits, group_size=group_size, sym=sym, calibration=NONE) if bits else None
+    if request is None and group_size is not None:
+        raise UsageError(f"{model}: group_size={group_size} was asked for without bits; say bits=4 to pack the model")
     if kernel is not None:
         kernels.named(kernel)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return _from_gguf(path, request, kernel)[0]
-    directory = _resolve(path, str(model))
+    if request is not None:
+        options["quantization_config"] = asking(request, kernel)
+    loaded = load_directory(
+        resolve(str(model)),
+        kernel=kernel,
+        device_map=device_map,
+        max_memory=max_memory,
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+        **options,
+    )
+    return loaded.eval()
+
+
+def load_directory(
+    directory: Path,
+    *,
+    kernel: str | None = None,
+    quantization: dict[str, Any] | None = None,
+    weights: str | None = None,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """The model in a directory, after everything has been refused that can be before anything is built.
+
+    `quantization` is what holds where the directory does not say how it was quantized, `weights` the name of the file
+    to read where there are several; `options` are those of `from_pretrained`.
+    """
     config = load_config(directory, trust_remote_code)
-    # Whatever can be refused is refused before anything is built: an unknown format, damaged or missing files.
-    stored = getattr(config, "quantization_config", None)
+    stored = getattr(config, "quantization_config", None) or quantization
+    asked = options.get("quantization_config")
     if stored:
         _refuse_unknown(stored, directory)
-        if request:
-            raise UsageError(f"{model}: bits={bits} was asked for, but it is quantized already; leave bits out")
+        if asked:
+            raise UsageError(f"{directory}: bits={asked.bits} was asked for, but it is quantized already; leave it out")
         config.quantization_config = {**stored, "kernel": kernel}
-    elif request:
-        options["quantization_config"] = _as_config(request, kernel)
-    elif kernel is not None:
-        raise _no_kernel_for(model, kernel)
-    Reader(directory)
+    elif kernel is not None and not asked:
+        raise _no_kernel_for(directory, kernel)
+    if weights is not None:
+        config.transformers_weights = weights
+    Reader(directory, [directory / weights] if weights else None)
     loaded, found = AutoModelForCausalLM.from_pretrained(
         directory,
         config=config,
-        dtype=dtype,
-        device_map=device_map,
-        max_memory=max_memory,
         use_safetensors=True,
         trust_remote_code=trust_remote_code,
         ignore_mismatched_sizes=True,
         output_loading_info=True,
-        **options,
+        **{"dtype": "auto", "offload_buffers": True, **options},  # packed weights are buffers: offload them too
     )
     refuse_gaps(directory, found)
-    return loaded.eval()
+    return loaded
 
 
 def load_with_tokenizer(model: str | Path, **options: Any) -> tuple[PreTrainedModel, Any]:
@@ -92,14 +117,8 @@ def load_with_tokenizer(model: str | Path, **options: Any) -> tuple[PreTrainedMo
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return _from_gguf(path, None, options.get("kernel"))
-    directory = _resolve(path, str(model))
+    directory = resolve(str(model))
     return load(directory, **options), load_tokenizer(directory, options.get("trust_remote_code", False))
-
-
-def _as_config(request: Request, kernel: str | None) -> transformers.GPTQConfig:
-    """A user's GPTQConfig that asks for the same; made while registered, so that it remembers what was given."""
-    grouping = {} if request.group_size is None else {"group_size": request.group_size}
-    return transformers.GPTQConfig(bits=request.bits, sym=request.sym, backend=kernel, **grouping)
 
 
 def _no_kernel_for(model: Any, kernel: str) -> UsageError:
@@ -120,16 +139,13 @@ def _from_gguf(path: Path, request: Request | None, kernel: str | None) -> tuple
     if request is None:
         materialize(source.model, source.read)
         return source.model, source.tokenizer
-    # What from_pretrained does with a quantizer, which it refuses to do with a .gguf file.
-    quantizer = source.model.hf_quantizer = Quantizer(_as_config(request, kernel), pre_quantized=False)
-    quantizer.preprocess_model(source.model)
-    quantizer.take(source.model, *quantize_in_memory(request.run(source)))
-    materialize(source.model, source.read)
-    quantizer.postprocess_model(source.model)
+    Quantizer.asked(request, kernel).pack(source.model, source)  # which from_pretrained would refuse
     return source.model, source.tokenizer
 
 
-def _resolve(path: Path, name: str) -> Path:
+def resolve(name: str) -> Path:
+    """The directory of a model: the one of this name, or the hub's snapshot. Raises UsageError if there is neither."""
+    path = Path(name).expanduser()
     directory = path if path.is_dir() else None
     unfinished = path.with_name(path.name + ".partial")
     if unfinished.is_dir() and directory is None:

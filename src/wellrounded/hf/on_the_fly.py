@@ -12,6 +12,7 @@ from torch import nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from transformers.utils import logging
 
+from ..calibration import ENOUGH
 from ..checkpoint import Reader
 from ..core.scheme import Scheme
 from ..errors import UsageError
@@ -34,7 +35,8 @@ class Memory:
         for name, tensor in tensors.items():
             layer, _, key = name.rpartition(".")
             if f"{layer}.qweight" in tensors and key in KEYS:
-                self.layers.setdefault(layer, {})[key] = tensor
+                # Siblings share one group index; transformers refuses to save tensors that share memory.
+                self.layers.setdefault(layer, {})[key] = tensor.clone() if key == "g_idx" else tensor
 
     def read_part(self, part: str) -> dict[str, torch.Tensor]:
         """Never called: a run that finds nothing finished replays nothing."""
@@ -68,23 +70,26 @@ def quantize_files(model: nn.Module, files: list[str] | None, request: Request, 
 
 
 def quantize_in_memory(run: Run) -> tuple[Run, Memory]:
-    """Carry out `run`; its packed layers are in the Memory. Says what is wrong with the result, if anything is."""
+    """Carry out `run`; its packed layers are in the Memory. Warns of what is wrong with its data or its result."""
     memory = Memory()
     bar = logging.tqdm(total=len(run.walk.names), desc="Quantizing blocks")
     report = run.quantize(memory, lambda progress: bar.update())
     bar.close()
-    for problem in report.problems():
+    little = run.calibration.note if run.calibration and run.calibration.windows.tokens < ENOUGH else ""
+    for problem in filter(None, [little, *report.problems()]):
         warnings.warn(f"{report.source}: {problem}", UserWarning, stacklevel=2)
     return run, memory
 
 
 def put_layers(model: nn.Module, schemes: dict[str, Scheme], version: str, dtype: torch.dtype) -> None:
-    """Replace the named linear layers of `model` by QuantLinear without tensors."""
+    """Replace the named linear layers of `model` by QuantLinear without tensors, on the same device."""
     for name, scheme in schemes.items():
         layer = model.get_submodule(name)
         outputs, inputs = shape_of(layer)
         with torch.device("meta"):
             packed = QuantLinear(inputs, outputs, scheme, version, layer.bias is not None, name, dtype)
+        if layer.weight.device.type != "meta":
+            packed.to_empty(device=layer.weight.device).bias = None if layer.bias is None else layer.bias.detach()
         packed._is_hf_initialized = True  # or transformers would give first values to a weight that is not there
         model.set_submodule(name, packed)
 

@@ -11,14 +11,17 @@ from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
 from .. import kernels
+from ..checkpoint import Source
 from ..errors import UsageError
 from ..formats import config as config_format
 from ..model.blocks import oriented
+from ..model.walk import materialize
 from ..nn import QuantLinear
 from ..pipeline import Run
 from ..report import Report
-from .gptq_config import GPTQConfig, kernel_of, request_of
-from .on_the_fly import Memory, fill, put_layers, quantize_files
+from ..request import Request
+from .gptq_config import GPTQConfig, asking, kernel_of, request_of
+from .on_the_fly import Memory, fill, put_layers, quantize_files, quantize_in_memory
 from .packed import headers, packed_layers
 from .source import skeleton, wrong_shape
 
@@ -44,6 +47,11 @@ class Quantizer(HfQuantizer):
         self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
         self.shapes: dict[str, torch.Size] = {}  # of all tensors, as the model needs them
 
+    @classmethod
+    def asked(cls, request: Request, kernel: str | None = None) -> Quantizer:
+        """One for `pack`, outside of `from_pretrained`."""
+        return cls(asking(request, kernel), pre_quantized=False)
+
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
         """Raises UsageError for a device map that a model cannot be quantized onto."""
         if not self.pre_quantized and isinstance(device_map, dict) and "disk" in device_map.values():
@@ -59,7 +67,7 @@ class Quantizer(HfQuantizer):
             raise UsageError("tensor parallel layouts of packed weights are not implemented; use device_map instead")
         self.files = list(checkpoint_files or [])
         if not self.pre_quantized:
-            return
+            return  # see update_weight_conversions
         prefix = f"{model.base_model_prefix}."
         stored = {name.removeprefix(prefix): entry for name, entry in headers(self.files).items()}
         schemes = packed_layers(model, self.stored.recipe, stored, prefix)
@@ -76,6 +84,18 @@ class Quantizer(HfQuantizer):
         if not self.pre_quantized:
             self.take(model, *quantize_files(model, self.files, self.request, self.tokenizer))
         return super().update_weight_conversions(weight_conversions, model)
+
+    def pack(self, model: nn.Module, source: Source) -> None:
+        """Quantize outside of `from_pretrained`: `model` gets its packed layers, the rest of it stays as it is.
+
+        `source` delivers its dense weights; its skeleton may be `model` itself, whose other tensors are read then.
+        """
+        model.hf_quantizer = self
+        run, memory = quantize_in_memory(self.request.run(source))
+        self.preprocess_model(model)
+        self.take(model, run, memory)
+        materialize(model, source.read)
+        self.postprocess_model(model)
 
     def take(self, model: nn.Module, run: Run, memory: Memory) -> None:
         """Put the packed layers that `run` made into `model`, whose other tensors are still to be read."""
