@@ -506,6 +506,12 @@ def test_a_dequantized_model_is_a_dense_one(kind, dtype, tmp_path):
     assert all(parameter.requires_grad for parameter in dense.parameters())
 
 
+def test_a_model_that_was_saved_can_be_dequantized_too(quantized, tmp_path):
+    model = wr.load(quantized)
+    model.save_pretrained(tmp_path / "saved")
+    assert model.dequantize().dtype == torch.bfloat16
+
+
 def test_an_offloaded_model_is_not_dequantized_in_part(quantized, tmp_path):
     places = {"model.embed_tokens": "cpu", "model.layers": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu",
               "lm_head": "cpu"}  # fmt: skip

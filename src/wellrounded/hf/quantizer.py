@@ -134,9 +134,11 @@ class Quantizer(HfQuantizer):
                 "reads a file's own layout; leave the choice to wellrounded"
             )
 
-    def _dequantize(self, model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+    def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
         """Every QuantLinear becomes the layer that it was, with the weight that it stands for."""
         before, dtype = model.dtype, dtype or model.dtype
+        if isinstance(dtype, str):  # what a configuration holds once a model has been saved
+            dtype = getattr(torch, dtype)
         original = skeleton(type(model), model.config)
         for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
             if layer.qweight.device.type == "meta":
