@@ -17,9 +17,10 @@ PACKAGES = {
     "accelerate": "",
     "gguf": "reads .gguf files",
     "datasets": "calibration data sets by name",
+    "peft": "fine-tuning",
     "pyarrow": "reads .parquet files",
 }
-EXTRAS = {"gguf": "gguf", "datasets": "data", "pyarrow": "data"}
+EXTRAS = {"gguf": "gguf", "datasets": "data", "pyarrow": "data", "peft": "peft"}
 
 
 def run(args: argparse.Namespace) -> int:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from transformers.quantizers.base import HfQuantizer
 
@@ -37,6 +38,7 @@ class Quantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.report: Report | None = None
         self.files: list[str] = []
+        self.to_quantize: nn.Module | None = None
         self.kernel = kernel_of(quantization_config.backend)
         if self.pre_quantized:
             self.stored = config_format.from_config(quantization_config.to_dict())
@@ -67,7 +69,8 @@ class Quantizer(HfQuantizer):
             raise UsageError("tensor parallel layouts of packed weights are not implemented; use device_map instead")
         self.files = list(checkpoint_files or [])
         if not self.pre_quantized:
-            return  # see update_weight_conversions
+            self.to_quantize = model  # see update_weight_conversions
+            return
         prefix = f"{model.base_model_prefix}."
         stored = {name.removeprefix(prefix): entry for name, entry in headers(self.files).items()}
         schemes = packed_layers(model, self.stored.recipe, stored, prefix)
@@ -75,15 +78,16 @@ class Quantizer(HfQuantizer):
         self.without_index = {name for name in schemes if f"{name.removeprefix(prefix)}.g_idx" not in stored}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
-    def update_weight_conversions(self, weight_conversions: list, model: nn.Module) -> list:
+    def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
         """Quantizes, if that is what was asked for.
 
         Of all hooks before the weights are read it is the first one outside the contexts in which transformers builds
         a model: there, every new tensor would be on the meta device and in the model's dtype.
         """
-        if not self.pre_quantized:
+        if self.to_quantize is not None:  # newer versions of transformers pass the model as well
+            model, self.to_quantize = self.to_quantize, None
             self.take(model, *quantize_files(model, self.files, self.request, self.tokenizer))
-        return super().update_weight_conversions(weight_conversions, model)
+        return super().update_weight_conversions(weight_conversions, *args)
 
     def pack(self, model: nn.Module, source: Source) -> None:
         """Quantize outside of `from_pretrained`: `model` gets its packed layers, the rest of it stays as it is.
@@ -92,7 +96,7 @@ class Quantizer(HfQuantizer):
         """
         model.hf_quantizer = self
         run, memory = quantize_in_memory(self.request.run(source))
-        self.preprocess_model(model)
+        model.is_quantized, model.quantization_method = True, self.quantization_config.quant_method
         self.take(model, run, memory)
         materialize(model, source.read)
         self.postprocess_model(model)
@@ -118,7 +122,7 @@ class Quantizer(HfQuantizer):
         self.made = {}
         for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
             if layer.qweight.device.type == "meta":  # offloaded: its tensors come when it is called
-                self._refuse_kernel_for(layer)
+                self._check_offloading(layer)
                 layer.read_in_place()
                 continue
             if layer.name in self.without_index:  # its buffer holds whatever was in memory
@@ -127,11 +131,17 @@ class Quantizer(HfQuantizer):
             layer.bind(model.dtype)
         return model
 
-    def _refuse_kernel_for(self, layer: QuantLinear) -> None:
+    def _check_offloading(self, layer: QuantLinear) -> None:
         if self.kernel not in (None, kernels.reference.NAME):
             raise UsageError(
                 f"kernel {self.kernel!r} was asked for, but {layer.name} is offloaded, and only the reference kernel "
                 "reads a file's own layout; leave the choice to wellrounded"
+            )
+        held = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
+        if held is not None and held["qweight"].dtype != torch.int32:
+            raise UsageError(
+                f"{layer.name} is offloaded, and transformers {transformers.__version__} hands its packed weight back "
+                f"as {held['qweight'].dtype}; update transformers, or pass offload_buffers=False"
             )
 
     def _dequantize(self, model: nn.Module, dtype: torch.dtype | str | None = None) -> nn.Module:
