@@ -3,7 +3,10 @@
 import copy
 import io
 import pickle
+import threading
+import time
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -17,6 +20,7 @@ from wellrounded.core.weight import QuantizedWeight
 from wellrounded.errors import CheckpointError, UsageError
 from wellrounded.formats import gptq as gptq_format
 from wellrounded.nn import QuantLinear
+from wellrounded.packed_weight import PackedWeight
 
 NAME = "model.layers.3.mlp.down_proj"
 IN, OUT = 128, 64
@@ -426,6 +430,42 @@ def test_the_operators_keep_every_promise_that_torch_checks(scheme, rows):
     torch.library.opcheck(torch.ops.wellrounded.linear_backward, (gradient, *tensors, *storage))
 
 
+def test_the_first_calls_may_come_from_several_threads(monkeypatch):
+    layer, ready = layer_of(make(SCHEMES[0])), threading.Event()
+    kernel = kernels.table()[0]
+    prepare = kernel.prepare
+
+    def slowly(weight, need):
+        ready.set()
+        time.sleep(0.2)  # the other thread calls meanwhile
+        return prepare(weight, need)
+
+    monkeypatch.setattr(kernel, "prepare", slowly)
+    with ThreadPoolExecutor() as threads:
+        first = threads.submit(layer, inputs(2))
+        ready.wait(10)
+        second = threads.submit(layer, inputs(2))
+    assert torch.equal(first.result(), second.result())
+
+
+def test_a_gradient_is_right_where_offloading_has_taken_the_tensors_away():
+    layer = layer_of(make(SCHEMES[0]))
+    x = inputs(3).requires_grad_()
+    y = layer(x)
+    (expected,) = torch.autograd.grad(y.sum(), x, retain_graph=True)
+    layer.to("meta")
+    (gradient,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(gradient, expected)
+
+
+def test_compiled_before_it_is_bound_it_follows_the_group_index_of_the_file():
+    weight = make(Scheme(4, 32, act_order=True))
+    layer = QuantLinear(IN, OUT, Scheme(4, 32), "gptq", False, NAME)
+    layer.load_state_dict(gptq_format.to_tensors(weight, "gptq"))
+    torch._dynamo.reset()
+    assert_linear(torch.compile(layer, fullgraph=True, backend="aot_eager")(inputs(2)), inputs(2), weight.dequantize())
+
+
 # Its weight, for those who read it
 
 
@@ -445,12 +485,29 @@ def test_whatever_is_computed_with_its_weight_is_a_plain_tensor():
     layer.bind(torch.float32)
     dense = weight.dequantize()
     for compute in (
-        lambda w: w.data, lambda w: w.T, lambda w: w.detach().clone(), lambda w: w + 1, lambda w: 1 + w,
-        lambda w: w.to(torch.float64), lambda w: torch.linalg.norm(w, dim=1), lambda w: torch.stack([w, w]),
+        lambda w: w.T, lambda w: w.detach().clone(), lambda w: w + 1, lambda w: 1 + w,
+        lambda w: w.double(), lambda w: torch.linalg.norm(w, dim=1), lambda w: torch.stack([w, w]),
         lambda w: w[3], lambda w: w @ w.T, lambda w: F.linear(w, w), lambda w: torch.empty_like(w).copy_(w),
     ):  # fmt: skip
         result = compute(layer.weight)
         assert type(result) is torch.Tensor and torch.equal(result, compute(dense))
+
+
+def test_its_weight_stays_packed_where_nothing_is_computed():
+    weight = make(SCHEMES[0])
+    layer = layer_of(weight)
+    layer.bind(torch.bfloat16)
+    for same in (
+        lambda w: w.data,
+        lambda w: w.detach(),
+        lambda w: w.to(torch.float32),
+        lambda w: w.requires_grad_(False),
+    ):
+        assert type(same(layer.weight)) is PackedWeight
+    assert layer.weight.to(torch.float32).dtype == torch.float32
+    assert torch.equal(layer.weight.to(torch.float32) + 0, weight.dequantize(torch.bfloat16).float())
+    layer.weight = layer.weight
+    layer.weight.requires_grad = False
 
 
 def test_multiplying_by_its_weight_is_its_own_product():
@@ -463,7 +520,10 @@ def test_multiplying_by_its_weight_is_its_own_product():
 @pytest.mark.parametrize(
     "write",
     [lambda w: w.zero_(), lambda w: w.__iadd__(1), lambda w: setattr(w, "data", torch.ones(OUT, IN)),
-     lambda w: nn.init.normal_(w), lambda w: w.copy_(torch.ones(OUT, IN))],
+     lambda w: nn.init.normal_(w), lambda w: w.copy_(torch.ones(OUT, IN)), lambda w: w.data.add_(1),
+     lambda w: w.data.__imul__(2), lambda w: w.__setitem__(0, 1.0), lambda w: torch.add(1, 1, out=w),
+     lambda w: F.relu(w, inplace=True), lambda w: torch._foreach_add_([w], 1), lambda w: w.requires_grad_(),
+     lambda w: setattr(w.layer, "weight", layer_of(make(SCHEMES[1])).weight)],
 )  # fmt: skip
 def test_its_weight_cannot_be_written_to(write):
     """A merged adapter that is lost without a word would be worse than an error."""

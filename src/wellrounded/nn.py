@@ -7,23 +7,17 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional as F
-from torch.utils._pytree import tree_map_only
 
 from . import kernels
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import CheckpointError, UsageError
+from .errors import CheckpointError
 from .formats import gptq as gptq_format
 from .kernels import reference
 from .ops import dense_weight
+from .packed_weight import PackedWeight, refusal
 
 KEYS = ("qweight", "qzeros", "scales", "g_idx")
-
-# What can be asked of a PackedWeight without restoring it: these, and every attribute but _VALUES.
-_FACTS = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.is_floating_point,
-          torch.Tensor.element_size}  # fmt: skip
-_VALUES = ("data", "T", "mT", "H", "mH", "real", "imag")
 
 
 class QuantLinear(nn.Linear):
@@ -62,6 +56,11 @@ class QuantLinear(nn.Linear):
         """[out, in], restored when something is computed with it; read-only."""
         return PackedWeight(self)
 
+    @weight.setter
+    def weight(self, value: PackedWeight) -> None:  # PEFT assigns it to itself when it takes an adapter off
+        if not isinstance(value, PackedWeight) or value.layer is not self:
+            raise refusal(self)
+
     @property
     def kernel(self) -> str:
         """The name of the kernel it is bound to, "" before."""
@@ -92,9 +91,10 @@ class QuantLinear(nn.Linear):
         need = kernels.Need(
             weight.scheme, self.in_features, self.out_features, device.type, dtype, weight.evenly_grouped
         )
-        self._kernel = kernels.select(need, self.wanted_kernel)
-        self._prepared = self._kernel.prepare(weight, need)
+        kernel = kernels.select(need, self.wanted_kernel)
+        self._prepared = kernel.prepare(weight, need)
         self.scheme, self.dtype, self._bound_to = weight.scheme, dtype, device
+        self._kernel = kernel  # last: to another thread the layer is bound as soon as this is there
 
     def read_in_place(self) -> None:
         """Multiply from the buffers themselves, wherever they are at each call: for layers that are offloaded."""
@@ -123,9 +123,10 @@ class QuantLinear(nn.Linear):
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
         scheme = self.scheme
+        act_order = scheme.act_order or self._kernel is None  # only binding tells whether g_idx is what it should be
         return torch.ops.wellrounded.linear(
             x, self._prepared, self.kernel or reference.NAME, self.qweight, self.qzeros, self.scales, self.g_idx,
-            scheme.bits, scheme.group_size, scheme.symmetric, scheme.act_order, self.version,
+            scheme.bits, scheme.group_size, scheme.symmetric, act_order, self.version,
         )  # fmt: skip
 
     def _apply(self, fn: Callable, recurse: bool = True) -> QuantLinear:
@@ -159,56 +160,10 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layer: QuantLinear) -> torch.Tensor:
-        ctx.layer = layer
+        ctx.tensors, ctx.storage = layer.tensors(), (layer.scheme, layer.version)  # offloading takes them away again
         return layer.product(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return gradient @ ctx.layer.dense_weight(gradient.dtype), None
-
-
-class PackedWeight(torch.Tensor):
-    """Stands for the weight of a QuantLinear: has its shape, dtype and device, and its values when they are needed.
-
-    Whatever is computed with it gives plain tensors. Multiplying by it, `F.linear(x, weight)`, is the layer's own
-    product, so no dense copy outlives the call even while a graph is recorded. It cannot be written to.
-    """
-
-    layer: QuantLinear
-    _is_hf_initialized = True  # transformers gives random values to what does not carry this mark
-
-    @staticmethod
-    def __new__(cls, layer: QuantLinear) -> PackedWeight:
-        shape = (layer.out_features, layer.in_features)
-        made = torch.Tensor._make_wrapper_subclass(cls, shape, dtype=layer.dtype, device=layer.qweight.device)
-        made.layer = layer
-        return made
-
-    @classmethod
-    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        kwargs, name = kwargs or {}, func.__name__
-        if func in _FACTS or (name == "__get__" and func.__self__.__name__ not in _VALUES):
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **kwargs)
-        target = next(iter((*args, *kwargs.values())))
-        in_place = name.endswith("_") and not name.endswith("__")
-        if isinstance(target, cls) and (in_place or name == "__set__"):
-            layer = target.layer
-            raise UsageError(
-                f"{layer.name}: its weight is packed ({layer.scheme}) and cannot be written to; call "
-                "model.dequantize() first, or merge an adapter with `wellrounded merge`"
-            )
-        if func is F.linear and len(args) == 2 and isinstance(args[1], cls) and not kwargs:
-            return args[1].layer.multiply(args[0])
-        return func(*tree_map_only(cls, cls.restore, args), **tree_map_only(cls, cls.restore, kwargs))
-
-    @classmethod
-    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        return func(*tree_map_only(cls, cls.restore, args), **tree_map_only(cls, cls.restore, kwargs or {}))
-
-    def restore(self) -> torch.Tensor:
-        """[out, in] the values, as a plain tensor."""
-        if self.layer.qweight.device.type == "meta":
-            return torch.empty(self.layer.out_features, self.layer.in_features, dtype=self.layer.dtype, device="meta")
-        return self.layer.dense_weight(self.layer.dtype)
+        return gradient @ dense_weight(ctx.tensors, *ctx.storage, gradient.dtype), None
