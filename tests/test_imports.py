@@ -14,7 +14,7 @@ LEVELS = {
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
     **dict.fromkeys(["nn", "ops", "packed_weight", "checkpoint", "report", "calibration", "card", "memory", "plan"], 3),
-    **dict.fromkeys(["pipeline", "evaluate"], 4),
+    **dict.fromkeys(["pipeline", "evaluation"], 4),
     **dict.fromkeys(["request"], 5),
     **dict.fromkeys(["hf"], 6),
     **dict.fromkeys(["api", "autogptq", "cli", "commands", "transformers", "__init__", "__main__"], 7),
@@ -61,3 +61,9 @@ def test_the_rules_would_notice():
     assert {"wellrounded.kernels", "wellrounded.formats.gptq"} <= imported("nn.py")
     assert "safetensors.safe_open" in imported("checkpoint.py")
     assert "wellrounded.hf.load.load" in imported("__init__.py")
+
+
+def test_no_room_has_the_name_of_something_that_the_package_offers():
+    """Once imported, a module hides the package's lazy attribute of the same name."""
+    rooms = {Path(file).parts[0].removesuffix(".py") for file in FILES}
+    assert not rooms & set(wellrounded.__all__)

@@ -105,7 +105,6 @@ def test_an_adapter_sits_on_every_packed_layer_and_nowhere_else(quantized, tuner
     wrapped = {name for name, module in model.named_modules() if hasattr(module, "base_layer")}
     assert len(wrapped) == 21 and packed(model).keys() == {f"{name}.base_layer" for name in wrapped}
     assert type(model.get_submodule("base_model.model.lm_head")) is nn.Linear
-    # AdaLora, here and below: needs weight.requires_grad = False to be accepted
 
 
 @pytest.mark.parametrize("tuner", TUNERS)
@@ -170,7 +169,6 @@ def test_taken_off_it_leaves_the_model_that_was_there(quantized, tuner):
     model = shaken(adapted(wr.load(quantized), MERGING[tuner]())).unload()
     assert not any(hasattr(module, "base_layer") for module in model.modules())
     assert len(packed(model)) == 21 and torch.equal(tiny.logits(model), tiny.logits(wr.load(quantized)))
-    # all but LoRA, DoRA and HiRA: need QuantLinear.weight to have a setter that takes its own weight
 
 
 def test_transformers_own_adapters_work(quantized, tmp_path):
@@ -255,7 +253,6 @@ def test_gradients_flow_back_through_layers_that_are_offloaded(quantized, tmp_pa
     plain = gradients(kernel="reference")
     assert all(gradient.any() for gradient in plain)
     assert same(gradients(device_map=places, offload_folder=tmp_path), plain)
-    # needs _Product to keep the packed tensors: by the time of its backward the layer's own are on meta again
 
 
 # ---- memory ----
@@ -301,7 +298,6 @@ def test_one_dense_weight_is_alive_at_a_time(quantized, tuner, dtype):
         assert 1 < most <= dense_weights(adapted(wr.load(quantized, dtype=dtype), single))[1]
     else:
         assert most == 1
-    # DoRA and dropout: keeps a dense weight for every layer until weight.to(dtype) stays packed
 
 
 def test_dense_weights_that_are_kept_would_be_counted(quantized, monkeypatch):
@@ -324,7 +320,6 @@ def test_merging_is_refused_and_changes_nothing(quantized, tuner, safe):
             merge(safe_merge=safe)
         assert not any(getattr(module, "merged", False) for module in model.modules())
         assert torch.equal(tiny.logits(model), logits) and same(buffers(model), before)
-    # OFT, DeLoRA, HiRA, PEANuT: are lost until what is written to weight.data is refused
 
 
 @pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora"])

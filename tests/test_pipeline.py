@@ -8,7 +8,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import wellrounded as wr
-from wellrounded import evaluate, pipeline
+from wellrounded import evaluation as evaluate
+from wellrounded import pipeline
 from wellrounded.calibration import gather
 from wellrounded.checkpoint import Reader
 from wellrounded.core.scheme import BITS

@@ -6,9 +6,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from . import __version__
+from . import __version__, evaluation
 from . import calibration as data
-from . import evaluate as evaluation
 from .checkpoint import Source, Writer
 from .core.gptq import Settings
 from .core.recipe import Recipe

@@ -44,7 +44,10 @@ class QuantLinear(nn.Linear):
         self.dtype = dtype or torch.get_default_dtype()  # of `weight`, for those who read it
         for key, (shape, kind) in gptq_format.layout(scheme, in_features, out_features).items():
             self.register_buffer(key, torch.zeros(shape, dtype=kind))
-        self.register_buffer("bias", torch.zeros(out_features, dtype=dtype) if bias else None)
+        if bias:
+            self.register_buffer("bias", torch.zeros(out_features, dtype=dtype))
+        else:
+            self.bias = None  # a plain attribute is found ten times as fast as an empty buffer
         self.wanted_kernel: str | None = None
         self._kernel: kernels.Kernel | None = None
         self._prepared: list[torch.Tensor] = []
