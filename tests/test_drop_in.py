@@ -240,6 +240,15 @@ def test_offloaded_layers_compute_from_the_files_own_layout(quantized, registere
         wr.load(quantized, kernel="torch-int4", device_map=places, offload_folder=tmp_path / "scratch")
 
 
+def test_an_offloaded_layer_without_a_group_index_is_refused(quantized, copy_of, tmp_path):
+    copy = copy_of(quantized)
+    with tiny.rewritten(copy) as tensors:
+        for name in [name for name in tensors if name.endswith("g_idx")]:
+            del tensors[name]
+    with pytest.raises(UsageError, match="its files hold no g_idx to load with it; load and save the model once"):
+        wr.load(copy, device_map={"model": "disk", "lm_head": "cpu"}, offload_folder=tmp_path / "scratch")
+
+
 # ---- saving and pushing ----
 
 

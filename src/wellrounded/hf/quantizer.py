@@ -108,10 +108,10 @@ class Quantizer(HfQuantizer):
         self.made, self.report = memory.layers, run.report
         self.quantization_config = GPTQConfig.from_dict(run.stored_config())
         # transformers would warn that the files lack what was just made, and hold what it was made from.
-        mine = {rf"^{re.escape(name)}\.(qweight|qzeros|scales|g_idx)$" for name in self.made}
-        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *mine}
-        dense = {rf"(^|\.){re.escape(name.removeprefix(f'{model.base_model_prefix}.'))}\.weight$" for name in self.made}
-        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), *dense}
+        leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in self.made}))
+        missing, unexpected = r"\.(qweight|qzeros|scales|g_idx)$", rf"(^|\.)({leaves})\.weight$"
+        model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), missing}
+        model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), unexpected}
 
     def _process_model_after_weight_loading(self, model: nn.Module, **kwargs: Any) -> nn.Module:
         model.config.quantization_config = self.quantization_config
@@ -136,6 +136,11 @@ class Quantizer(HfQuantizer):
             raise UsageError(
                 f"kernel {self.kernel!r} was asked for, but {layer.name} is offloaded, and only the reference kernel "
                 "reads a file's own layout; leave the choice to wellrounded"
+            )
+        if layer.name in self.without_index:
+            raise UsageError(
+                f"{layer.name} is offloaded, and its files hold no g_idx to load with it; load and save the model once "
+                "without offloading, which adds it"
             )
         held = getattr(getattr(layer, "_hf_hook", None), "weights_map", None)
         if held is not None and held["qweight"].dtype != torch.int32:
