@@ -42,7 +42,6 @@ def main() -> None:
         small = ["--samples", "8", "--length", "64", "--windows", "2", "--eval-length", "64", "--group-size", "32"]
         cases = "4asym,4sym-none"
         run("accuracy.py", str(model), "--calibration", str(text), "--text", str(text), "--cases", cases, *small)
-        run("layer_speed.py", "--shape", "64x64", "--group-size", "32", "--seconds", "0.01")
 
 
 if __name__ == "__main__":

@@ -73,7 +73,7 @@ def test_help_is_shown_without_loading_torch():
     assert "Turn a language model into a few-bit GPTQ checkpoint" in ran.stdout and "--group-size" in ran.stdout
 
 
-@pytest.mark.parametrize("verb", ["quantize", "eval", "chat", "inspect", "doctor"])
+@pytest.mark.parametrize("verb", ["quantize", "eval", "chat", "inspect", "bench", "doctor"])
 def test_every_command_explains_itself_and_its_exit_codes(run, verb):
     code, out, _ = run(verb, "--help")
     assert code == 0 and f"usage: wellrounded {verb}" in out

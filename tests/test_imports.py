@@ -10,14 +10,14 @@ import wellrounded
 
 ROOT = Path(wellrounded.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["errors"], 0),
+    **dict.fromkeys(["errors", "native"], 0),
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
     **dict.fromkeys(["nn", "ops", "packed_weight", "checkpoint", "report", "calibration", "card", "memory", "plan"], 3),
     **dict.fromkeys(["pipeline", "evaluation"], 4),
     **dict.fromkeys(["request"], 5),
     **dict.fromkeys(["hf"], 6),
-    **dict.fromkeys(["api", "autogptq", "cli", "commands", "transformers", "__init__", "__main__"], 7),
+    **dict.fromkeys(["api", "autogptq", "benchmark", "cli", "commands", "transformers", "__init__", "__main__"], 7),
 }
 STRANGERS = {2, 4}  # rooms on these levels do not know each other either
 HOMES = {"safetensors": "checkpoint.py", "triton": "kernels/triton*.py", "transformers": "hf/*", "peft": "hf/*",

@@ -48,6 +48,7 @@ def parser() -> argparse.ArgumentParser:
     _eval(verbs)
     _chat(verbs)
     _inspect(verbs)
+    _bench(verbs)
     doctor = _verb(verbs, "doctor", "say what is installed and which kernels run here")
     doctor.add_argument("--json", action="store_true", help="one JSON object on standard output")
     return top
@@ -65,8 +66,10 @@ def _verb(verbs: Any, name: str, does: str, when_stopped: str = "") -> argparse.
     return verb
 
 
-def _model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("model", metavar="MODEL", help="a hub id, a directory, or a .gguf file")
+def _model(verb: argparse.ArgumentParser, optional: str = "") -> None:
+    """`optional` says what happens without a model."""
+    help_ = f"a hub id, a directory, or a .gguf file{optional}"
+    verb.add_argument("model", metavar="MODEL", nargs="?" if optional else None, help=help_)
     verb.add_argument("--trust-remote-code", action="store_true", help="run the model's own Python code")
 
 
@@ -84,6 +87,13 @@ def _not_negative(text: str) -> float:
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} was given; give 0 or more")
     return value
+
+
+def _shape(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) != 2 or not all(side.isdecimal() and int(side) for side in sides):
+        raise argparse.ArgumentTypeError(f"{text!r} was given; give OUTPUTSxINPUTS, such as 4096x4096")
+    return int(sides[0]), int(sides[1])
 
 
 def _quantize(verbs: Any) -> None:
@@ -185,4 +195,35 @@ def _inspect(verbs: Any) -> None:
     verb = _verb(verbs, "inspect", "show what a quantized directory holds, and check it")
     verb.add_argument("model", metavar="DIRECTORY", help="a quantized directory")
     verb.add_argument("--layers", action="store_true", help="a line per layer")
+    verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
+
+
+def _bench(verbs: Any) -> None:
+    verb = _verb(verbs, "bench", "measure the speed of a model, or of single layers, next to dense bfloat16")
+    _model(verb, optional="; without it, single layers are measured")
+    verb.add_argument("--bits", type=int, help="of the layers (default: 4); with MODEL, pack a dense one while loading")
+    verb.add_argument("--group-size", type=int, metavar="N", help="of the layers (default: 128), or with --bits")
+    verb.add_argument("--asym", action="store_true", help="layers with zero points")
+    verb.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    verb.add_argument(
+        "--seconds", type=_not_negative, default=0.5, metavar="S", help="per measurement, or longer (default: 0.5)"
+    )
+    layers = verb.add_argument_group("single layers")
+    layers.add_argument(
+        "--shape",
+        action="append",
+        type=_shape,
+        metavar="OUTxIN",
+        help="repeatable (default: 4096x4096, 11008x4096, 4096x11008)",
+    )
+    layers.add_argument(
+        "--rows", action="append", type=_positive, metavar="N", help="repeatable (default: 1, 2, 4, 8, 32, 512)"
+    )
+    layers.add_argument(
+        "--warm", action="store_true", help="use the same weights again and again (default: cold, from memory)"
+    )
+    model = verb.add_argument_group("a whole model")
+    model.add_argument("--prompt-length", type=_positive, metavar="N", help="tokens (default: 512)")
+    model.add_argument("--new-tokens", type=_positive, metavar="N", help="tokens to decode (default: 64)")
+    model.add_argument("--no-dense", action="store_true", help="leave out the dense model beside it")
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     """Versions, hardware, and for typical layers which kernel is used and why the others are not."""
     import torch
 
-    from .. import kernels
+    from .. import kernels, native
     from ..core.scheme import Scheme
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -40,6 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")(),
+        "native": native.level() or native.missing(),
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }

@@ -32,6 +32,14 @@ def print_table(rows: list[tuple[str, Any]], title: str = "") -> None:
         stdout.print(Text.assemble((label.ljust(width), "bold"), "  ", str(value)))
 
 
+def print_columns(header: list[str], rows: list[list[str]], left: int = 1) -> None:
+    """Columns with a header, on standard output; the first `left` of them start together, the others end together."""
+    widths = [max(map(len, column)) for column in zip(header, *rows)]
+    for number, row in enumerate([header, *rows]):
+        cells = [c.ljust(w) if i < left else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths))]
+        stdout.print("  ".join(cells).rstrip(), style=None if number else "bold")
+
+
 class Bar:
     """Counts steps: a bar on a terminal, elsewhere a line every so often."""
 

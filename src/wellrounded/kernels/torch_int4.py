@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "torch-int4"
 GROUPS = (256, 128, 64, 32)
-FEW_ROWS = 24  # beyond this many rows the dense product is faster (measured: benchmarks/layer_speed.py)
+FEW_ROWS = 24  # beyond this many rows the dense product is faster (measured: `wellrounded bench`)
 DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 
 

@@ -1,0 +1,87 @@
+// A program that drives the core through random layers and nonsense, for a build that stops at the first misuse of
+// memory: `make sanitize`. What the core computes is compared with a product of its own restored weight in double.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "wellrounded.h"
+
+namespace {
+
+std::mt19937 random_bits(1);
+int64_t between(int64_t low, int64_t high) { return std::uniform_int_distribution<int64_t>(low, high)(random_bits); }
+
+struct Block {  // 64-byte aligned, and not a byte longer than asked for
+    char *memory;
+    explicit Block(int64_t bytes) : memory(static_cast<char *>(std::aligned_alloc(64, (bytes + 63) / 64 * 64))) {}
+    ~Block() { std::free(memory); }
+};
+
+void fail(const char *what) {
+    std::printf("failed: %s\n", what);
+    std::exit(1);
+}
+
+void one_layer() {
+    static const int64_t widths[] = {2, 3, 4, 8};
+    int64_t bits = widths[between(0, 3)], outputs = between(1, 70), inputs = between(1, 300);
+    int64_t width = between(1, inputs), groups = (inputs + width - 1) / width;
+    bool has_zeros = between(0, 1), has_groups = between(0, 1);
+    std::vector<uint8_t> codes(outputs * inputs), zeros(outputs * groups);
+    std::vector<uint16_t> scales(outputs * groups);
+    std::vector<int32_t> group(inputs);
+    for (auto &code : codes) code = uint8_t(between(0, (1 << bits) - 1));
+    for (auto &zero : zeros) zero = uint8_t(between(0, (1 << bits) - 1));
+    for (auto &scale : scales) scale = uint16_t(between(0, 1) * 0x8000 + between(0x1000, 0x3c00));
+    for (int64_t k = 0; k < inputs; ++k) group[k] = int32_t(k / width);
+    for (int64_t k = inputs - 1; k > 0; --k) std::swap(group[k], group[between(0, k)]);
+    int64_t bytes = wr_bytes(outputs, inputs, bits, groups, width, has_zeros, has_groups);
+    if (bytes <= 0) fail("wr_bytes of a good layer");
+    Block block(bytes);
+    if (wr_pack(block.memory, outputs, inputs, bits, groups, width, codes.data(), scales.data(),
+                has_zeros ? zeros.data() : nullptr, has_groups ? group.data() : nullptr))
+        fail("wr_pack of a good layer");
+    int64_t rows = between(0, 19);
+    std::vector<float> x(rows * inputs), y(rows * outputs), w(outputs * inputs);
+    std::vector<uint16_t> half_x(rows * inputs, 0x3f80), half_y(rows * outputs), half_w(outputs * inputs);
+    for (auto &value : x) value = float(between(-1000, 1000)) / 256;
+    if (wr_restore(block.memory, w.data(), WR_FLOAT32, 0, outputs)) fail("wr_restore");
+    if (wr_restore(block.memory, half_w.data(), WR_BFLOAT16, 0, outputs)) fail("wr_restore to bfloat16");
+    if (rows && wr_matmul(block.memory, x.data(), y.data(), rows, WR_FLOAT32)) fail("wr_matmul");
+    if (rows && wr_matmul(block.memory, half_x.data(), half_y.data(), rows, WR_BFLOAT16)) fail("wr_matmul of bfloat16");
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t n = 0; n < outputs; ++n) {
+            double sum = 0, size = 0;
+            for (int64_t k = 0; k < inputs; ++k) {
+                double part = double(x[row * inputs + k]) * w[n * inputs + k];
+                sum += part, size += std::abs(part);
+            }
+            if (has_zeros) size *= 1 << bits;  // codes and their zero point are summed apart
+            if (std::abs(y[row * outputs + n] - sum) > 1e-5 * size + 1e-6) fail("a product");
+        }
+}
+
+void nonsense() {
+    int64_t number[5];
+    for (auto &n : number) n = between(-3, 40) * (between(0, 9) ? 1 : between(1, 1000));
+    int64_t bytes = wr_bytes(number[0], number[1], number[2], number[3], number[4], 0, 0);
+    if (bytes < 0) fail("a negative size");
+    std::vector<char> zeros(256, 0);
+    float y[16];
+    if (wr_matmul(zeros.data(), y, y, 1, WR_FLOAT32) != -1) fail("a block of zeros was taken");
+    if (wr_restore(zeros.data(), y, WR_FLOAT32, 0, 1) != -1) fail("a block of zeros was restored");
+    if (wr_pack(zeros.data(), number[0], number[1], 5, number[3], number[4], nullptr, nullptr, nullptr, nullptr) != -1)
+        fail("nothing was packed");
+}
+
+}  // namespace
+
+int main() {
+    for (int level = WR_PORTABLE; level <= wr_best(); ++level) {
+        wr_use(level);
+        for (int i = 0; i < 300; ++i) one_layer(), nonsense();
+        std::printf("instruction set %d: 300 layers\n", level);
+    }
+}

@@ -1,0 +1,111 @@
+// What the instruction sets share: a view of a packed layer, jobs cut along the outputs, and conversions.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "wellrounded.h"
+
+// Every instruction set is a translation unit with flags of its own. An inline function that the linker shares between
+// them could be the copy that a lesser machine cannot run: so each unit inlines its own, or keeps it to itself.
+#if defined(_MSC_VER)
+#define WR_OWN __forceinline
+#else
+#define WR_OWN inline __attribute__((always_inline))
+#endif
+
+namespace wr {
+
+struct Layer {
+    const wr_header *h;
+    const uint16_t *scales;   // [tile][group][16]
+    const int8_t *zeros;      // the same, or null
+    const int32_t *columns;   // [padded], or null
+    const uint16_t *codes;
+    int64_t tiles, padded, unit, planes, units;  // inputs and vectors of a unit, units of a group
+
+    WR_OWN explicit Layer(const void *block) : h(static_cast<const wr_header *>(block)) {
+        auto base = static_cast<const char *>(block);
+        scales = reinterpret_cast<const uint16_t *>(base + h->scales);
+        zeros = h->zeros ? reinterpret_cast<const int8_t *>(base + h->zeros) : nullptr;
+        columns = h->columns ? reinterpret_cast<const int32_t *>(base + h->columns) : nullptr;
+        codes = reinterpret_cast<const uint16_t *>(base + h->codes);
+        tiles = (h->outputs + WR_TILE - 1) / WR_TILE;
+        padded = h->groups * h->width;
+        unit = unit_of(h->bits);
+        planes = planes_of(h->bits);
+        units = h->width / unit;
+    }
+    WR_OWN const uint16_t *tile(int64_t t) const { return codes + t * h->groups * units * planes * 32; }
+    static WR_OWN int64_t unit_of(int64_t bits) { return bits == 2 ? 16 : bits == 3 ? 32 : 8; }
+    static WR_OWN int64_t planes_of(int64_t bits) { return bits == 3 ? 3 : bits == 8 ? 2 : 1; }
+};
+
+// Rows of inputs ready to be multiplied by: in the layer's own order, padding filled with zeros.
+struct Inputs {
+    int64_t rows;             // as the kernel sees them: float32 rows may be three bfloat16 rows each
+    int64_t pieces;           // how many of them make one row
+    const float *values;      // [rows][padded], or null where `halves` is used
+    const uint16_t *halves;   // [rows][stride] bfloat16, or null
+    int64_t stride;
+    const float *sums;        // [rows / pieces][groups] of each group's inputs, or null where no kernel asks
+};
+
+// One instruction set: both work on tiles begin .. end-1.
+struct Kernels {
+    bool wants_halves;
+    void (*multiply)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
+    void (*restore)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
+};
+const Kernels &portable();
+const Kernels &avx2();
+const Kernels &avx512();
+
+static inline float to_float(uint16_t half) {  // IEEE float16
+    uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023, bits;
+    if (exponent == 31) {
+        bits = sign | 0x7f800000 | (fraction << 13);
+    } else if (exponent) {
+        bits = sign | ((exponent + 112) << 23) | (fraction << 13);
+    } else {
+        float small = float(fraction) * 0x1p-24f;
+        std::memcpy(&bits, &small, 4);
+        bits |= sign;
+    }
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline float from_bfloat(uint16_t x) {
+    uint32_t bits = uint32_t(x) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
+}
+
+static inline uint16_t to_bfloat(float value) {  // to nearest, ties to even; NaN stays NaN
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return uint16_t((bits >> 16) | 64);
+    return uint16_t((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+}
+
+static inline void store(void *to, int64_t index, float value, int dtype) {
+    if (dtype == WR_BFLOAT16)
+        static_cast<uint16_t *>(to)[index] = to_bfloat(value);
+    else
+        static_cast<float *>(to)[index] = value;
+}
+
+// The code of output n at place k of a unit.
+template <int BITS>
+static inline int code_at(const uint16_t *unit, int n, int k) {
+    int word = 2 * n + (k & 1), j = k >> 1;
+    if (BITS == 4) return (unit[word] >> (4 * j)) & 15;
+    if (BITS == 8) return ((unit[word] >> (4 * j)) & 15) * 16 + ((unit[32 + word] >> (4 * j)) & 15);
+    if (BITS == 2) return (unit[word] >> (2 * j)) & 3;
+    int low = (unit[32 * (j >> 3) + word] >> (2 * (j & 7))) & 3;
+    return low + 4 * ((unit[64 + word] >> j) & 1);
+}
+
+}  // namespace wr

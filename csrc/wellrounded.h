@@ -1,0 +1,77 @@
+/* The native core of wellrounded: a plain C interface, no torch, no Python.
+ *
+ * A layer is one block of memory, made by wr_pack and moved around freely: a Header, then scales, zeros, columns and
+ * codes at the offsets it names. Outputs are kept in tiles of 16, inputs in units that fill whole 64-byte vectors:
+ *
+ *   codes    [tiles][groups][units per group][planes][32 words of 16 bits]
+ *   scales   [tiles][groups][16] float16
+ *   zeros    [tiles][groups][16] int8, zero point minus 2^(bits-1); absent if it is 0 everywhere
+ *   columns  [padded inputs] int32, the input that stands at each place, -1 for padding; absent if they are in order
+ *
+ * Word 2 n + p of a plane holds the codes of output n for the inputs 2 j + p, j counting up from the lowest bits:
+ * shifting the vector right by j codes brings the pair (2 j, 2 j + 1) of every output to the bottom of its words.
+ *
+ *   bits   planes of a unit                        inputs in a unit
+ *   2      one of 2-bit codes                      16
+ *   3      two of the low 2 bits, one of the top   32
+ *   4      one of 4-bit codes                      8
+ *   8      one of the top 4 bits, one of the low   8
+ */
+#ifndef WELLROUNDED_H
+#define WELLROUNDED_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define WR_API __declspec(dllexport)
+#else
+#define WR_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+enum { WR_FLOAT32 = 0, WR_BFLOAT16 = 1 };                      /* dtypes of activations and dense weights */
+enum { WR_PORTABLE = 0, WR_AVX2 = 1, WR_AVX512_BF16 = 2 };     /* instruction sets, later ones faster */
+enum { WR_MAGIC = 0x57523031, WR_ALIGNMENT = 64, WR_TILE = 16 };
+
+typedef struct {
+    int64_t magic, bytes;           /* of the whole block, this header included */
+    int64_t outputs, inputs;
+    int64_t bits, groups, width;    /* inputs per group, padded to whole units */
+    int64_t scales, zeros, columns, codes; /* offsets from the header; 0 for what is absent */
+    int64_t reserved[5];
+} wr_header;
+
+/* The best instruction set of this machine, and the one in use: at most `level` after wr_use. */
+WR_API int wr_best(void);
+WR_API int wr_use(int level);
+
+/* The OpenMP runtime whose threads to borrow: its GOMP_parallel, omp_get_thread_num and omp_get_max_threads.
+ * Without them everything runs on the calling thread. */
+WR_API void wr_threads(void *parallel, void *thread_number, void *most);
+
+/* Bytes of a packed layer, 0 if no layer can have these numbers. `width` is the largest number of inputs in a group. */
+WR_API int64_t wr_bytes(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width, int has_zeros,
+                 int has_columns);
+
+/* Packs codes [outputs][inputs], scales [outputs][groups] float16, zeros [outputs][groups] (or null: all 2^(bits-1))
+ * and the group of each input, ascending within a group; `group` null means inputs in order, `width` to a group.
+ * `block` has wr_bytes(...) bytes, 64-byte aligned. Returns 0, or -1 if the numbers do not fit together. */
+WR_API int wr_pack(void *block, int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width,
+            const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const int32_t *group);
+
+/* y [rows][outputs] = x [rows][inputs] W^T, accumulated in float32, rounded once to `dtype`. Meant for few rows.
+ * Returns 0, or -1 for a block that wr_pack did not make. */
+WR_API int wr_matmul(const void *block, const void *x, void *y, int64_t rows, int dtype);
+
+/* w [end - begin][inputs]: the dense weight of outputs begin to end, computed in float32 and rounded once to `dtype`.
+ * Both are multiples of 16, but `end` may be the number of outputs. Returns 0, or -1 if they are not. */
+WR_API int wr_restore(const void *block, void *w, int dtype, int64_t begin, int64_t end);
+
+#ifdef __cplusplus
+}
+#endif
+#endif

@@ -1,0 +1,69 @@
+"""The native core (csrc/), if it was built for this machine: where it is, and whose threads it uses.
+
+It has no threads of its own: a second pool would spin on the same cores as torch's. It borrows torch's OpenMP
+runtime, and with it `torch.set_num_threads`.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+
+LEVELS = ("portable", "avx2", "avx512-bf16")
+RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The core, ready to be called, or None if it was not built."""
+    places = (
+        Path(__file__).parent,
+        *(Path(sysconfig.get_path(kind), "wellrounded") for kind in ("platlib", "purelib")),
+    )
+    path = next((p for p in (place / f"libwellrounded{_SUFFIX}" for place in places) if p.is_file()), None)
+    if path is None:
+        return None
+    core = ctypes.CDLL(str(path))
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    core.wr_threads.argtypes = [pointer] * 3
+    core.wr_bytes.argtypes = [number] * 5 + [ctypes.c_int] * 2
+    core.wr_bytes.restype = number
+    core.wr_pack.argtypes = [pointer, *[number] * 5, *[pointer] * 4]
+    core.wr_matmul.argtypes = [pointer, pointer, pointer, number, ctypes.c_int]
+    core.wr_restore.argtypes = [pointer, pointer, ctypes.c_int, number, number]
+    if runtime := _runtime():
+        names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads")
+        core.wr_threads(*(ctypes.cast(getattr(runtime, name), pointer) for name in names))
+    return core
+
+
+def missing() -> str | None:
+    """Why there is no native core, as a sentence; None if there is one."""
+    if library() is None:
+        return "the native core was not built; install wellrounded where there is a C++ compiler, or from a wheel"
+    return None
+
+
+def level() -> str | None:
+    """The instruction set it uses here, None without a core."""
+    core = library()
+    return None if core is None else LEVELS[core.wr_use(len(LEVELS))]
+
+
+@cache
+def _runtime() -> ctypes.CDLL | None:
+    """The OpenMP runtime that torch has loaded."""
+    import torch
+
+    home = Path(torch.__file__).parent
+    for directory in (home / "lib", home.parent / "torch.libs"):
+        for pattern in RUNTIMES:
+            for path in sorted(directory.glob(pattern)):
+                runtime = ctypes.CDLL(str(path))  # the one that is loaded already
+                if hasattr(runtime, "GOMP_parallel"):
+                    return runtime
+    return None
