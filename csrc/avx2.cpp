@@ -2,6 +2,7 @@
 #include <immintrin.h>
 
 #include "internal.h"
+#include "solver.h"
 
 namespace wr {
 namespace {
@@ -78,6 +79,8 @@ const Kernels &avx2() {
             by_bits(l, in, y, dtype, begin, end);
         },
         portable().restore,
+        search,
+        sweep,
     };
     return table;
 }

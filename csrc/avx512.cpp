@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "internal.h"
+#include "solver.h"
 
 namespace wr {
 namespace {
@@ -212,6 +213,8 @@ const Kernels &avx512() {
             auto by_bits = l.h->bits == 2 ? restore<2> : l.h->bits == 3 ? restore<3> : l.h->bits == 4 ? restore<4> : restore<8>;
             by_bits(l, w, dtype, begin, end);
         },
+        search,
+        sweep,
     };
     return table;
 }

@@ -267,4 +267,27 @@ int wr_restore(const void *block, void *w, int dtype, int64_t begin, int64_t end
     return 0;
 }
 
+int wr_search(const float *weight, const float *energy, int64_t rows, int64_t groups, int64_t width, int64_t bits,
+              int symmetric, const float *shares, int64_t count, float *scales, float *zeros) {
+    bool good = weight && energy && scales && zeros && (shares || !count) && rows > 0 && groups > 0 && width > 0;
+    if (!good || count < 0 || bits < 2 || bits > 8) return -1;
+    Search job{weight, energy, groups, width, bits, symmetric != 0, shares, count, scales, zeros};
+    const Kernels &k = kernels();
+    deal_out(rows, rows * groups * width * 4 * (count + 1), [&](int64_t begin, int64_t end) {
+        std::vector<float> scratch(width);
+        k.search(job, begin, end, scratch.data());
+    });
+    return 0;
+}
+
+int wr_sweep(const float *weight, float *target, const float *feedback, int64_t stride, const float *scales,
+             const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs) {
+    bool good = weight && target && feedback && scales && low && steps && errors;
+    if (!good || columns <= 0 || outputs <= 0 || stride < columns) return -1;
+    Panel panel{weight, feedback, scales, low, target, steps, errors, most, columns, outputs, stride};
+    const Kernels &k = kernels();
+    deal_out(outputs, columns * columns * outputs * 2, [&](int64_t begin, int64_t end) { k.sweep(panel, begin, end); });
+    return 0;
+}
+
 }  // extern "C"

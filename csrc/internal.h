@@ -50,11 +50,30 @@ struct Inputs {
     const float *sums;        // [rows / pieces][groups] of each group's inputs, or null where no kernel asks
 };
 
-// One instruction set: both work on tiles begin .. end-1.
+// The search for scales and zeros, as wr_search describes it.
+struct Search {
+    const float *weight, *energy;
+    int64_t groups, width, bits;
+    bool symmetric;
+    const float *shares;
+    int64_t count;
+    float *scales, *zeros;
+};
+
+// One panel of the column sweep, as wr_sweep describes it.
+struct Panel {
+    const float *weight, *feedback, *scales, *low;
+    float *target, *steps, *errors, most;
+    int64_t columns, outputs, stride;
+};
+
+// One instruction set: layers are worked on tile by tile, begin .. end-1, the solver row by row.
 struct Kernels {
     bool wants_halves;
     void (*multiply)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
     void (*restore)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
+    void (*search)(const Search &, int64_t begin, int64_t end, float *scratch);
+    void (*sweep)(const Panel &, int64_t begin, int64_t end);
 };
 const Kernels &portable();
 const Kernels &avx2();
@@ -74,6 +93,20 @@ static inline float to_float(uint16_t half) {  // IEEE float16
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+
+static inline uint16_t to_half(float value) {  // to nearest, ties to even; beyond 65504 infinite
+    uint32_t bits;
+    std::memcpy(&bits, &value, 4);
+    uint32_t sign = (bits >> 16) & 0x8000, rest = bits & 0x7fffffff;
+    if (rest > 0x7f800000) return uint16_t(sign | 0x7e00);
+    if (rest >= 0x477ff000) return uint16_t(sign | 0x7c00);
+    if (rest < 0x38800000) {  // below the smallest normal float16: whole multiples of 2^-24
+        float magnitude;
+        std::memcpy(&magnitude, &rest, 4);
+        return uint16_t(sign | uint32_t(__builtin_rintf(magnitude * 0x1p24f)));
+    }
+    return uint16_t(sign | ((rest - 0x38000000 + 0xfff + ((rest >> 13) & 1)) >> 13));
 }
 
 static inline float from_bfloat(uint16_t x) {

@@ -1,5 +1,6 @@
 // Plain C++: right on every machine, and what the other instruction sets are tested against.
 #include "internal.h"
+#include "solver.h"
 
 namespace wr {
 namespace {
@@ -57,6 +58,8 @@ const Kernels &portable() {
             auto by_bits = l.h->bits == 2 ? restore<2> : l.h->bits == 3 ? restore<3> : l.h->bits == 4 ? restore<4> : restore<8>;
             by_bits(l, w, dtype, begin, end);
         },
+        search,
+        sweep,
     };
     return table;
 }

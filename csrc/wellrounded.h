@@ -71,6 +71,19 @@ WR_API int wr_matmul(const void *block, const void *x, void *y, int64_t rows, in
  * Both are multiples of 16, but `end` may be the number of outputs. Returns 0, or -1 if they are not. */
 WR_API int wr_restore(const void *block, void *w, int dtype, int64_t begin, int64_t end);
 
+/* Scales (float16 values) and zeros, both float32 [rows][groups], that cost least for weight [rows][groups][width] under
+ * energy [groups][width], among `count` shares of the widest grid; core/grid.py is the definition. Symmetric grids try
+ * the whole width first, then both signs of every share; asymmetric ones the two zero points nearest to every share's.
+ * A group that no candidate fits gets an infinite scale. Returns 0, or -1 for numbers that make no sense. */
+WR_API int wr_search(const float *weight, const float *energy, int64_t rows, int64_t groups, int64_t width, int64_t bits,
+                     int symmetric, const float *shares, int64_t count, float *scales, float *zeros);
+
+/* One panel of GPTQ's column sweep, core/gptq.py being the definition. weight, target, scales and low (the smallest
+ * step) are [columns][outputs], feedback [columns][stride] of which the first `columns` of a row count; steps and
+ * errors [columns][outputs] are written, target is changed. Returns 0, or -1 for numbers that make no sense. */
+WR_API int wr_sweep(const float *weight, float *target, const float *feedback, int64_t stride, const float *scales,
+                    const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs);
+
 #ifdef __cplusplus
 }
 #endif

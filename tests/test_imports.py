@@ -1,12 +1,14 @@
 """The house: imports point down, and each foreign library has one room."""
 
 import ast
+import shutil
 from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import wellrounded
+from wellrounded import native
 
 ROOT = Path(wellrounded.__file__).parent
 LEVELS = {
@@ -67,3 +69,10 @@ def test_no_room_has_the_name_of_something_that_the_package_offers():
     """Once imported, a module hides the package's lazy attribute of the same name."""
     rooms = {Path(file).parts[0].removesuffix(".py") for file in FILES}
     assert not rooms & set(wellrounded.__all__)
+
+
+def test_the_native_core_is_there_where_there_is_a_compiler():
+    """A build that fails gives a package without it, which works: here that would hide the failure."""
+    if shutil.which("c++") is None:
+        pytest.skip("no C++ compiler: nothing was to be built")
+    assert native.missing() is None

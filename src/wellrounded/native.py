@@ -11,6 +11,10 @@ import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
 
 LEVELS = ("portable", "avx2", "avx512-bf16")
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
@@ -35,6 +39,9 @@ def library() -> ctypes.CDLL | None:
     core.wr_pack.argtypes = [pointer, *[number] * 5, *[pointer] * 4]
     core.wr_matmul.argtypes = [pointer, pointer, pointer, number, ctypes.c_int]
     core.wr_restore.argtypes = [pointer, pointer, ctypes.c_int, number, number]
+    whole, single = ctypes.c_int, ctypes.c_float
+    core.wr_search.argtypes = [pointer, pointer, *[number] * 4, whole, pointer, number, pointer, pointer]
+    core.wr_sweep.argtypes = [pointer] * 3 + [number, pointer, pointer, single, pointer, pointer, number, number]
     if runtime := _runtime():
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads")
         core.wr_threads(*(ctypes.cast(getattr(runtime, name), pointer) for name in names))
@@ -52,6 +59,53 @@ def level() -> str | None:
     """The instruction set it uses here, None without a core."""
     core = library()
     return None if core is None else LEVELS[core.wr_use(len(LEVELS))]
+
+
+def serves(*tensors: torch.Tensor) -> bool:
+    """Whether there is a core for these: contiguous float32 on the CPU."""
+    import torch
+
+    plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
+    return plain and library() is not None
+
+
+def search(
+    weight: torch.Tensor, energy: torch.Tensor, bits: int, symmetric: bool, shares: list[float]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scales (already float16-exact) and zeros, float32 [rows, groups]: core.grid's search among these shares."""
+    core = library()
+    assert core is not None and serves(weight, energy)
+    rows, groups, width = weight.shape
+    scales, zeros = weight.new_empty(rows, groups), weight.new_empty(rows, groups)
+    tried = (ctypes.c_float * len(shares))(*shares)
+    failed = core.wr_search(
+        weight.data_ptr(), energy.data_ptr(), rows, groups, width, bits, symmetric, tried, len(shares),
+        scales.data_ptr(), zeros.data_ptr(),
+    )  # fmt: skip
+    assert not failed, "core.grid gave it numbers that make no sense"
+    return scales, zeros
+
+
+def sweep(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    feedback: torch.Tensor,
+    scales: torch.Tensor,
+    low: torch.Tensor,
+    most: int,
+    steps: torch.Tensor,
+) -> torch.Tensor:
+    """One panel of core.gptq's sweep: writes `steps`, uses up `target`, returns the errors; all [columns, outputs]."""
+    core = library()
+    assert core is not None and serves(weight, target, scales, low, steps)
+    columns, outputs = weight.shape
+    errors, feedback = weight.new_empty(columns, outputs), feedback.contiguous()
+    failed = core.wr_sweep(
+        weight.data_ptr(), target.data_ptr(), feedback.data_ptr(), feedback.stride(0), scales.data_ptr(),
+        low.data_ptr(), most, steps.data_ptr(), errors.data_ptr(), columns, outputs,
+    )  # fmt: skip
+    assert not failed, "core.gptq gave it numbers that make no sense"
+    return errors
 
 
 @cache

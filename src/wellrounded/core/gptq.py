@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import native
 from ..errors import UsageError
 from . import grid
 from .hessian import Factor, Hessian, factor
@@ -100,17 +101,31 @@ def sweep(
     scales, low = scales.to(weight.dtype), -zeros.to(weight.dtype)
     for start in range(0, len(weight), panel):
         stop = min(start + panel, len(weight))
-        errors = torch.empty_like(weight[start:stop])
-        for j in range(start, stop):
-            scale, lowest = scales[groups[j]], low[groups[j]]
-            step = (target[j] / scale).round_().clamp_(lowest, lowest + scheme.max_code)
-            steps[j] = step
-            torch.addcmul(weight[j], step, scale, value=-1, out=errors[j - start])
-            if j + 1 < stop:
-                target[j + 1 : stop].addr_(feedback[j, j + 1 : stop], errors[j - start])
+        mine = slice(start, stop)
+        inside = (weight[mine], target[mine], feedback[mine, mine], scales[groups[mine]], low[groups[mine]])
+        round_panel = native.sweep if native.serves(weight, target, steps) else sweep_panel
+        errors = round_panel(*inside, scheme.max_code, steps[mine])
         if stop < len(weight):
             target[stop:].addmm_(feedback[start:stop, stop:].T, errors)
     return steps
+
+
+def sweep_panel(
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    feedback: torch.Tensor,
+    scales: torch.Tensor,
+    low: torch.Tensor,
+    most: int,
+    steps: torch.Tensor,
+) -> torch.Tensor:
+    """Round the columns of one panel, all [columns, out]; writes `steps`, uses up `target`, returns the errors."""
+    errors = torch.empty_like(weight)
+    for j in range(len(weight)):
+        torch.clamp((target[j] / scales[j]).round_(), low[j], low[j] + most, out=steps[j])
+        torch.addcmul(weight[j], steps[j], scales[j], value=-1, out=errors[j])
+        target[j + 1 :].addr_(feedback[j, j + 1 :], errors[j])
+    return errors
 
 
 def refit(

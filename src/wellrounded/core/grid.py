@@ -15,6 +15,7 @@ from collections.abc import Iterator
 
 import torch
 
+from .. import native
 from ..errors import NumericsError
 from .scheme import Scheme
 
@@ -37,11 +38,12 @@ def search(
         raise NumericsError("the weights of this layer hold NaN or Inf")
     width = scheme.columns_per_group(weight.shape[1])
     grouped, energy = _group(weight, importance, width)
-    scales = torch.empty(grouped.shape[:2], device=weight.device)
-    zeros = torch.empty_like(scales)
-    for start in range(0, grouped.shape[0], ROWS):
-        rows = slice(start, start + ROWS)
-        scales[rows], zeros[rows] = _search_rows(grouped[rows], energy, scheme, candidates)
+    grouped, energy = grouped.contiguous(), energy.contiguous()
+    if candidates > 1 and native.serves(grouped, energy):
+        shares = _shares(scheme, candidates)
+        scales, zeros = native.search(grouped, energy, scheme.bits, scheme.symmetric, shares)
+    else:
+        scales, zeros = search_rows(grouped, energy, scheme, candidates)
     if scales.abs().max() > LARGEST:
         raise NumericsError(f"a group needs the scale {scales.abs().max():g}, beyond float16 (65504)")
     return scales.half(), zeros.to(torch.uint8)
@@ -70,10 +72,21 @@ def _group(weight: torch.Tensor, importance: torch.Tensor | None, width: int) ->
     return weight.float().reshape(rows, -1, width), energy
 
 
-def _search_rows(
+def search_rows(
     weight: torch.Tensor, energy: torch.Tensor, scheme: Scheme, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (already float16-exact) and zeros, float32 [rows, groups], for weights [rows, groups, width]."""
+    """Scales (already float16-exact) and zeros, float32 [rows, groups], for weights [rows, groups, width].
+
+    The definition, and what is used where the native core is not: on GPUs, say.
+    """
+    parts = [_search_slice(part, energy, scheme, candidates) for part in weight.split(ROWS)]
+    scales, zeros = zip(*parts)
+    return torch.cat(scales), torch.cat(zeros)
+
+
+def _search_slice(
+    weight: torch.Tensor, energy: torch.Tensor, scheme: Scheme, candidates: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     weighted = weight * energy
     best_gain = torch.full(weight.shape[:2], -1.0, device=weight.device)
     best_scale = torch.full_like(best_gain, torch.inf)  # stays where no candidate can be judged: the caller raises
@@ -111,15 +124,22 @@ def _candidates(weight: torch.Tensor, scheme: Scheme, count: int) -> Iterator[tu
         zero = torch.full_like(largest, scheme.midpoint)
         base = -largest / scheme.midpoint
         yield base, zero
-        for share in torch.linspace(1.15, 0.4, count - 1).tolist() if count > 1 else ():
+        for share in _shares(scheme, count):
             yield base * share, zero
             yield base * -share, zero
         return
     low, high = weight.amin(-1).clamp_max(0), weight.amax(-1).clamp_min(0)
     span = (high - low) / scheme.max_code
     flat = span == 0
-    for share in torch.linspace(1.0, 0.4, count).tolist():
+    for share in _shares(scheme, count):
         scale = torch.where(flat, TINY, span * share)
         centre = -low * share / scale
         for zero in (centre.floor(), centre.ceil()) if count > 1 else (centre.round(),):
             yield scale, zero.clamp(0, scheme.max_code)
+
+
+def _shares(scheme: Scheme, count: int) -> list[float]:
+    """What part of the widest grid is tried, in this order; a symmetric grid tries the whole one besides."""
+    if scheme.symmetric:
+        return torch.linspace(1.15, 0.4, count - 1).tolist() if count > 1 else []
+    return torch.linspace(1.0, 0.4, count).tolist()

@@ -1,0 +1,103 @@
+"""The solver's native loops against the torch ones that define them, on every instruction set of this machine."""
+
+import pytest
+import torch
+
+from wellrounded import native
+from wellrounded.core import gptq, grid
+from wellrounded.core.scheme import BITS, Scheme
+
+pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
+LEVELS = range(native.library().wr_best() + 1) if native.library() else []
+
+
+@pytest.fixture(params=LEVELS, ids=lambda level: native.LEVELS[level], autouse=True)
+def level(request):
+    """The instruction set in use."""
+    native.library().wr_use(request.param)
+    yield request.param
+    native.library().wr_use(len(native.LEVELS))
+
+
+def groups_of(width: int, rows: int = 50, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [rows, 3, width] with some groups all zero, all positive or all negative, and an uneven energy."""
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, 3, width, generator=random) * 0.05
+    weight[0] = 0
+    weight[1], weight[2] = weight[1].abs(), -weight[2].abs()
+    energy = torch.rand(3, width, generator=random).exp() ** 3
+    return weight, energy / energy.mean(1, keepdim=True)
+
+
+def cost(weight, energy, scales, zeros, scheme) -> torch.Tensor:
+    steps = grid._round(weight, scales, zeros, scheme)
+    return ((weight - steps * scales.unsqueeze(-1)).square() * energy).sum(-1).double()
+
+
+@pytest.mark.parametrize("width", [8, 24, 32, 64, 100])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("bits", BITS)
+def test_the_search_finds_what_the_definition_finds(bits, symmetric, width):
+    """Sums in another order tell candidates apart that are equally good: within what such sums are off by.
+
+    A candidate is judged by its share of sum(energy * weight^2), of which each of `width` roundings may move half a
+    unit in the last place, in either of two sums and of two candidates.
+    """
+    scheme, (weight, energy) = Scheme(bits, -1, symmetric), groups_of(width)
+    scales, zeros = native.search(weight, energy, bits, symmetric, grid._shares(scheme, 32))
+    expected_scales, expected_zeros = grid.search_rows(weight, energy, scheme, 32)
+    assert torch.equal(scales, scales.half().float()) and torch.equal(zeros, zeros.round())
+    same = (scales == expected_scales) & (zeros == expected_zeros)
+    assert same.float().mean() > (0.9 if bits < 8 else 0.5)  # a cost of 8 bits is near the last place of what it is of
+    assert torch.equal(zeros[0], expected_zeros[0]) and torch.equal(scales[0], expected_scales[0])
+    mine, theirs = (cost(weight, energy, s, z, scheme) for s, z in ((scales, zeros), (expected_scales, expected_zeros)))
+    off = 4 * width * 2.0**-24 * (energy * weight.square()).sum(-1).double()
+    assert (mine <= theirs + off).all()
+
+
+def test_a_group_that_no_candidate_fits_is_left_to_the_caller():
+    weight, energy = torch.full((1, 1, 8), 1e30), torch.ones(1, 8)
+    scheme = Scheme(4, -1)
+    scales, _ = native.search(weight, energy, 4, True, grid._shares(scheme, 32))
+    expected, _ = grid.search_rows(weight, energy, scheme, 32)
+    assert not torch.isfinite(expected).any() or expected.abs().max() > 65504
+    assert not torch.isfinite(scales).any() or scales.abs().max() > 65504
+
+
+@pytest.mark.parametrize(("columns", "outputs"), [(1, 1), (5, 7), (32, 64), (33, 130), (128, 200)])
+def test_a_panel_is_rounded_as_the_definition_rounds_it(columns, outputs):
+    random = torch.Generator().manual_seed(columns)
+    weight = torch.randn(columns, outputs, generator=random)
+    feedback = torch.randn(columns, columns, generator=random).triu() * 0.05
+    feedback.fill_diagonal_(1)
+    scales = torch.rand(columns, outputs, generator=random) * 0.2 + 0.05
+    scales *= torch.where(torch.rand(columns, outputs, generator=random) < 0.5, -1.0, 1.0)
+    low = torch.full((columns, outputs), -8.0)
+    steps = [torch.empty_like(weight) for _ in range(2)]
+    for stored in (feedback, feedback.T.contiguous().T):  # a factor may lie in memory either way
+        mine = native.sweep(weight, weight.clone(), stored, scales, low, 15, steps[0])
+        theirs = gptq.sweep_panel(weight, weight.clone(), feedback, scales, low, 15, steps[1])
+        # A fused multiply-add may move a target across the middle between two steps, and all that follow it a little.
+        assert (steps[0] == steps[1]).float().mean() > 0.999
+        alike = (steps[0] == steps[1]).all(0)
+        assert alike.any() and torch.allclose(mine[:, alike], theirs[:, alike], atol=1e-6)
+        assert steps[0].min() >= -8 and steps[0].max() <= 7
+
+
+def test_threads_change_nothing():
+    weight, energy = groups_of(64, rows=3000)
+    answers, threads = [], torch.get_num_threads()
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            answers.append(native.search(weight, energy, 4, True, grid._shares(Scheme(4, -1), 32)))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*answers))
+
+
+def test_only_contiguous_float32_on_the_cpu_is_served():
+    x = torch.zeros(4, 4)
+    assert native.serves(x, x)
+    for other in (x.double(), x.T[:, 1:], x.to("meta"), x.bfloat16()):
+        assert not native.serves(x, other)
