@@ -63,6 +63,28 @@ void one_layer() {
         }
 }
 
+void one_search_and_panel() {
+    int64_t bits = between(2, 8), rows = between(1, 40), groups = between(1, 5), width = between(1, 140);
+    std::vector<float> weight(rows * groups * width), energy(groups * width), scales(rows * groups), zeros(rows * groups);
+    for (auto &value : weight) value = float(between(-1000, 1000)) / 1024;
+    for (auto &value : energy) value = float(between(0, 1000)) / 500;
+    const float shares[] = {1.0f, 0.8f, 0.6f, 0.4f};
+    if (wr_search(weight.data(), energy.data(), rows, groups, width, bits, int(between(0, 1)), shares, between(0, 4),
+                  scales.data(), zeros.data()))
+        fail("wr_search");
+    int64_t columns = between(1, 40), outputs = between(1, 200), stride = columns + between(0, 3);
+    std::vector<float> w(columns * outputs, 0.3f), target(w), feedback(columns * stride, 0.01f), scale(w.size(), 0.1f);
+    std::vector<float> low(w.size(), -8), steps(w.size()), errors(w.size());
+    if (wr_sweep(w.data(), target.data(), feedback.data(), stride, scale.data(), low.data(), 15, steps.data(),
+                 errors.data(), columns, outputs))
+        fail("wr_sweep");
+    for (float step : steps)
+        if (step < -8 || step > 7) fail("a step outside its grid");
+    if (wr_sweep(w.data(), target.data(), feedback.data(), columns - 1, scale.data(), low.data(), 15, steps.data(),
+                 errors.data(), columns, outputs) != -1)
+        fail("a stride too short was taken");
+}
+
 void nonsense() {
     int64_t number[5];
     for (auto &n : number) n = between(-3, 40) * (between(0, 9) ? 1 : between(1, 1000));
@@ -81,7 +103,7 @@ void nonsense() {
 int main() {
     for (int level = WR_PORTABLE; level <= wr_best(); ++level) {
         wr_use(level);
-        for (int i = 0; i < 300; ++i) one_layer(), nonsense();
+        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), nonsense();
         std::printf("instruction set %d: 300 layers\n", level);
     }
 }

@@ -182,6 +182,8 @@ void put(uint16_t *unit, int64_t bits, int n, int64_t k, int code) {
 
 extern "C" {
 
+int wr_abi(void) { return WR_ABI; }
+
 int wr_best(void) { return best(); }
 
 int wr_use(int wanted) {

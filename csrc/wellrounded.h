@@ -45,6 +45,10 @@ typedef struct {
     int64_t reserved[5];
 } wr_header;
 
+/* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. */
+enum { WR_ABI = 1 };
+WR_API int wr_abi(void);
+
 /* The best instruction set of this machine, and the one in use: at most `level` after wr_use. */
 WR_API int wr_best(void);
 WR_API int wr_use(int level);

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
+ABI = 1  # of csrc/wellrounded.h
 LEVELS = ("portable", "avx2", "avx512-bf16")
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -23,7 +24,7 @@ _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
 @cache
 def library() -> ctypes.CDLL | None:
-    """The core, ready to be called, or None if it was not built."""
+    """The core, ready to be called, or None if it was not built, or from other sources than these."""
     places = (
         Path(__file__).parent,
         *(Path(sysconfig.get_path(kind), "wellrounded") for kind in ("platlib", "purelib")),
@@ -32,6 +33,8 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         return None
     core = ctypes.CDLL(str(path))
+    if not hasattr(core, "wr_abi") or core.wr_abi() != ABI:
+        return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     core.wr_threads.argtypes = [pointer] * 3
     core.wr_bytes.argtypes = [number] * 5 + [ctypes.c_int] * 2
@@ -51,7 +54,7 @@ def library() -> ctypes.CDLL | None:
 def missing() -> str | None:
     """Why there is no native core, as a sentence; None if there is one."""
     if library() is None:
-        return "the native core was not built; install wellrounded where there is a C++ compiler, or from a wheel"
+        return "the native core was not built from these sources; install wellrounded again where there is a compiler"
     return None
 
 
