@@ -72,16 +72,12 @@ void multiply(const Layer &layer, const Inputs &in, void *y, int dtype, int64_t 
 }  // namespace
 
 const Kernels &avx2() {
-    static const Kernels table = {
-        false,
-        [](const Layer &l, const Inputs &in, void *y, int dtype, int64_t begin, int64_t end) {
-            auto by_bits = l.h->bits == 2 ? multiply<2> : l.h->bits == 3 ? multiply<3> : l.h->bits == 4 ? multiply<4> : multiply<8>;
-            by_bits(l, in, y, dtype, begin, end);
-        },
-        portable().restore,
-        search,
-        sweep,
-    };
+    const Restore(&plain)[4] = portable().restore;
+    static const Kernels table = {false,
+                                  {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
+                                  {plain[0], plain[1], plain[2], plain[3]},
+                                  search,
+                                  sweep};
     return table;
 }
 

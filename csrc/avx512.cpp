@@ -164,7 +164,7 @@ inline void store_pairs(const __m512i *pairs, uint16_t *w, int64_t stride, int64
 
 template <int BITS>
 void restore(const Layer &layer, void *w, int dtype, int64_t begin, int64_t end) {
-    if (dtype != WR_BFLOAT16 || layer.columns) return portable().restore(layer, w, dtype, begin, end);
+    if (dtype != WR_BFLOAT16 || layer.columns) return portable().restore[layer.kind()](layer, w, dtype, begin, end);
     const wr_header &h = *layer.h;
     const __m512i main = main_table<BITS>(), rest = table(4, 1, 0), odd = _mm512_set1_epi32(int(0xffff0000));
     for (int64_t t = begin; t < end; ++t) {
@@ -204,18 +204,7 @@ void restore(const Layer &layer, void *w, int dtype, int64_t begin, int64_t end)
 
 const Kernels &avx512() {
     static const Kernels table = {
-        true,
-        [](const Layer &l, const Inputs &in, void *y, int dtype, int64_t begin, int64_t end) {
-            auto by_bits = l.h->bits == 2 ? multiply<2> : l.h->bits == 3 ? multiply<3> : l.h->bits == 4 ? multiply<4> : multiply<8>;
-            by_bits(l, in, y, dtype, begin, end);
-        },
-        [](const Layer &l, void *w, int dtype, int64_t begin, int64_t end) {
-            auto by_bits = l.h->bits == 2 ? restore<2> : l.h->bits == 3 ? restore<3> : l.h->bits == 4 ? restore<4> : restore<8>;
-            by_bits(l, w, dtype, begin, end);
-        },
-        search,
-        sweep,
-    };
+        true, {multiply<2>, multiply<3>, multiply<4>, multiply<8>}, {restore<2>, restore<3>, restore<4>, restore<8>}, search, sweep};
     return table;
 }
 

@@ -251,7 +251,7 @@ int wr_matmul(const void *block, const void *x, void *y, int64_t rows, int dtype
     const Kernels &k = kernels();
     Inputs in = ready(layer, x, rows, dtype, k, scratch);
     deal_out(layer.tiles, layer.h->bytes,
-             [&](int64_t begin, int64_t end) { k.multiply(layer, in, y, dtype, begin, end); });
+             [&](int64_t begin, int64_t end) { k.multiply[layer.kind()](layer, in, y, dtype, begin, end); });
     return 0;
 }
 
@@ -265,7 +265,7 @@ int wr_restore(const void *block, void *w, int dtype, int64_t begin, int64_t end
     // Kernels write where an output stands in the whole weight.
     auto start = static_cast<char *>(w) - begin * layer.h->inputs * (dtype == WR_BFLOAT16 ? 2 : 4);
     deal_out(count, layer.h->bytes / layer.tiles * count,
-             [&](int64_t from, int64_t to) { k.restore(layer, start, dtype, first + from, first + to); });
+             [&](int64_t from, int64_t to) { k.restore[layer.kind()](layer, start, dtype, first + from, first + to); });
     return 0;
 }
 

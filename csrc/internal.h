@@ -36,6 +36,7 @@ struct Layer {
         units = h->width / unit;
     }
     WR_OWN const uint16_t *tile(int64_t t) const { return codes + t * h->groups * units * planes * 32; }
+    WR_OWN int64_t kind() const { return h->bits == 8 ? 3 : h->bits - 2; }  // among 2, 3, 4, 8
     static WR_OWN int64_t unit_of(int64_t bits) { return bits == 2 ? 16 : bits == 3 ? 32 : 8; }
     static WR_OWN int64_t planes_of(int64_t bits) { return bits == 3 ? 3 : bits == 8 ? 2 : 1; }
 };
@@ -67,11 +68,15 @@ struct Panel {
     int64_t columns, outputs, stride;
 };
 
-// One instruction set: layers are worked on tile by tile, begin .. end-1, the solver row by row.
+using Multiply = void (*)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
+using Restore = void (*)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
+
+// One instruction set: layers are worked on tile by tile, begin .. end-1, the solver row by row. What depends on the
+// number of bits stands once for each, in the order 2, 3, 4, 8.
 struct Kernels {
     bool wants_halves;
-    void (*multiply)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
-    void (*restore)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
+    Multiply multiply[4];
+    Restore restore[4];
     void (*search)(const Search &, int64_t begin, int64_t end, float *scratch);
     void (*sweep)(const Panel &, int64_t begin, int64_t end);
 };

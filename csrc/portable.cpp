@@ -49,18 +49,7 @@ void restore(const Layer &layer, void *w, int dtype, int64_t begin, int64_t end)
 
 const Kernels &portable() {
     static const Kernels table = {
-        false,
-        [](const Layer &l, const Inputs &in, void *y, int dtype, int64_t begin, int64_t end) {
-            auto by_bits = l.h->bits == 2 ? multiply<2> : l.h->bits == 3 ? multiply<3> : l.h->bits == 4 ? multiply<4> : multiply<8>;
-            by_bits(l, in, y, dtype, begin, end);
-        },
-        [](const Layer &l, void *w, int dtype, int64_t begin, int64_t end) {
-            auto by_bits = l.h->bits == 2 ? restore<2> : l.h->bits == 3 ? restore<3> : l.h->bits == 4 ? restore<4> : restore<8>;
-            by_bits(l, w, dtype, begin, end);
-        },
-        search,
-        sweep,
-    };
+        false, {multiply<2>, multiply<3>, multiply<4>, multiply<8>}, {restore<2>, restore<3>, restore<4>, restore<8>}, search, sweep};
     return table;
 }
 
