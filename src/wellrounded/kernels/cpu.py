@@ -5,6 +5,7 @@ Products are of whole numbers with the inputs, exact, summed in float32 within a
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 NAME = "cpu"
 FEW_ROWS = 16  # beyond this many rows restoring the weight for a dense product is faster (`wellrounded bench`)
+OUTPUTS_AT = 16  # where a block's header says how many outputs there are; looked up in every call, so not by torch
 SLAB_BYTES = 16 * 2**20
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}  # as csrc/wellrounded.h numbers them
 
@@ -59,8 +61,8 @@ def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> t
     assert core is not None
     if x.dtype == torch.float16:
         return matmul(x.float(), prepared, dense).half()
-    outputs, inputs = _shape(block)
-    rows = x.numel() // inputs
+    inputs = x.shape[-1]
+    outputs, rows = ctypes.c_int64.from_address(block.data_ptr() + OUTPUTS_AT).value, x.numel() // inputs
     x, y = x.contiguous(), x.new_empty(*x.shape[:-1], outputs)
     kind = DTYPES[x.dtype]
     if rows <= FEW_ROWS:
@@ -75,9 +77,3 @@ def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> t
         core.wr_restore(block.data_ptr(), weight.data_ptr(), kind, begin, end)
         torch.mm(x.view(rows, inputs), weight[: end - begin].T, out=flat[:, begin:end])
     return y
-
-
-def _shape(block: torch.Tensor) -> tuple[int, int]:
-    """(outputs, inputs), from the header."""
-    header = block[16:32].view(torch.int64)
-    return int(header[0]), int(header[1])
