@@ -85,6 +85,25 @@ void one_search_and_panel() {
         fail("a stride too short was taken");
 }
 
+void one_gram() {
+    int64_t size = between(1, 130), count = between(0, 9) ? between(0, 70) : between(1000, 2100);
+    int64_t stride = size + between(0, 1) * between(0, 40);
+    std::vector<uint16_t> rows(count ? (count - 1) * stride + size : 1);
+    std::vector<float> upper(size * size);
+    for (auto &value : rows) value = uint16_t(between(0, 1) * 0x8000 + between(0x3c00, 0x4080));
+    int done = wr_gram(rows.data(), count, stride, size, upper.data());
+    if (done != 0 && done != 1) fail("wr_gram");
+    auto number = [](uint16_t half) { return std::ldexp((128.0 + (half & 127)) * (half & 0x8000 ? -1 : 1), (half >> 7 & 255) - 134); };
+    int64_t i = between(0, size - 1), j = between(i, size - 1);
+    double sum = 0, magnitude = 0;
+    for (int64_t t = 0; t < count; ++t) {
+        double part = number(rows[t * stride + i]) * number(rows[t * stride + j]);
+        sum += part, magnitude += std::abs(part);
+    }
+    if (!done && std::abs(upper[i * size + j] - sum) > 1e-6 * double(count + 2) * magnitude) fail("a second moment");
+    if (wr_gram(rows.data(), count, size - 1, size, upper.data()) != -1) fail("rows that overlap were taken");
+}
+
 void nonsense() {
     int64_t number[5];
     for (auto &n : number) n = between(-3, 40) * (between(0, 9) ? 1 : between(1, 1000));
@@ -103,7 +122,7 @@ void nonsense() {
 int main() {
     for (int level = WR_PORTABLE; level <= wr_best(); ++level) {
         wr_use(level);
-        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), nonsense();
+        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), one_gram(), nonsense();
         std::printf("instruction set %d: 300 layers\n", level);
     }
 }

@@ -44,6 +44,8 @@ int (*most_threads)();
 
 constexpr int64_t BYTES_PER_THREAD = 64 * 1024;  // waking a thread costs as much as reading this
 
+constexpr int64_t GRAM_ROWS = 1024;  // what is packed of three panels then fits a core's second cache
+
 template <typename Work>
 struct Team {
     const Work *work;
@@ -290,6 +292,27 @@ int wr_sweep(const float *weight, float *target, const float *feedback, int64_t 
     const Kernels &k = kernels();
     deal_out(outputs, columns * columns * outputs * 2, [&](int64_t begin, int64_t end) { k.sweep(panel, begin, end); });
     return 0;
+}
+
+int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper) {
+    if (!rows || !upper || count < 0 || size <= 0 || stride < size) return -1;
+    kernels();  // settles the level
+#ifdef WR_HAS_AVX512
+    if (level == WR_AVX512_BF16) {
+        static thread_local std::vector<uint32_t> packed;
+        const GramKernel &k = avx512_gram();
+        int64_t panels = (size + WR_TILE - 1) / WR_TILE, units = k.units(size);
+        packed.resize(panels * WR_TILE * (std::min(count, GRAM_ROWS) + 1) / 2);
+        for (int64_t from = 0; from < count; from += GRAM_ROWS) {
+            int64_t now = std::min(GRAM_ROWS, count - from), pairs = (now + 1) / 2;
+            Gram chunk{rows + from * stride, now, stride, size, pairs, packed.data(), upper};
+            deal_out(panels, now * size * 2, [&](int64_t begin, int64_t end) { k.pack(chunk, begin, end); });
+            deal_out(units, now * size * size, [&](int64_t begin, int64_t end) { k.add(chunk, begin, end); });
+        }
+        return 0;
+    }
+#endif
+    return 1;
 }
 
 }  // extern "C"

@@ -68,6 +68,19 @@ struct Panel {
     int64_t columns, outputs, stride;
 };
 
+// Rows to be added to upper += rows^T rows, a chunk at a time; `packed` holds [panel of 16 columns][pair of rows][16].
+struct Gram {
+    const uint16_t *rows;  // bfloat16 [count][stride], of which the first `size` of a row count
+    int64_t count, stride, size, pairs;
+    uint32_t *packed;
+    float *upper;  // [size][size]
+};
+struct GramKernel {
+    void (*pack)(const Gram &, int64_t begin, int64_t end);  // panels
+    void (*add)(const Gram &, int64_t begin, int64_t end);   // units
+    int64_t (*units)(int64_t size);
+};
+
 using Multiply = void (*)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
 using Restore = void (*)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
 
@@ -83,6 +96,7 @@ struct Kernels {
 const Kernels &portable();
 const Kernels &avx2();
 const Kernels &avx512();
+const GramKernel &avx512_gram();
 
 static inline float to_float(uint16_t half) {  // IEEE float16
     uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023, bits;

@@ -46,7 +46,7 @@ typedef struct {
 } wr_header;
 
 /* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. */
-enum { WR_ABI = 1 };
+enum { WR_ABI = 2 };
 WR_API int wr_abi(void);
 
 /* The best instruction set of this machine, and the one in use: at most `level` after wr_use. */
@@ -87,6 +87,11 @@ WR_API int wr_search(const float *weight, const float *energy, int64_t rows, int
  * errors [columns][outputs] are written, target is changed. Returns 0, or -1 for numbers that make no sense. */
 WR_API int wr_sweep(const float *weight, float *target, const float *feedback, int64_t stride, const float *scales,
                     const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs);
+
+/* upper [size][size] += rows^T rows, for bfloat16 rows [count][stride] of which the first `size` numbers count. Products
+ * are exact and summed in float32. Entries below the diagonal are left undefined. Returns 0, -1 for numbers that make no
+ * sense, 1 where the instruction set in use has no products of bfloat16: nothing was done then. */
+WR_API int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper);
 
 #ifdef __cplusplus
 }

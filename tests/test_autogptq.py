@@ -70,15 +70,17 @@ def test_the_quick_tour_runs(tmp_path, monkeypatch):
         ({"group_size": -1, "bits": 3}, {"group_size": -1, "bits": 3}),
         ({"desc_act": True, "sym": False}, {"group_size": 64, "act_order": True, "sym": False}),
         ({"desc_act": True, "static_groups": True}, {"group_size": 64}),
-        ({"damp_percent": 0.1, "true_sequential": False}, {"group_size": 64, "settings": wr.Settings(damping=0.1)}),
+        (
+            {"damp_percent": 0.1, "true_sequential": False},
+            {"group_size": 64, "settings": wr.Settings(damping=0.1, true_sequential=False)},
+        ),
     ],
 )
 def test_what_is_asked_for_is_what_is_done(llama, tmp_path, config, same):
     model = quantized_by_name(llama, **config)
     model.save_quantized(tmp_path / "mine")
-    settings = {"settings": wr.Settings(true_sequential=True)}
     rows = [row["input_ids"] for row in EXAMPLES]
-    tiny.quantize(llama, tmp_path / "ours", calibration=rows, samples=128, length=256, **{**settings, **same})
+    tiny.quantize(llama, tmp_path / "ours", calibration=rows, samples=128, length=256, **same)
     mine, ours = (load_file(tmp_path / name / "model.safetensors") for name in ("mine", "ours"))
     assert mine.keys() == ours.keys() and all(torch.equal(mine[name], ours[name]) for name in ours)
 
@@ -115,7 +117,7 @@ def test_a_quantized_model_is_loaded_wherever_it_is_wanted(quantized, where):
     model = AutoGPTQForCausalLM.from_quantized(quantized, **where)
     assert torch.equal(tiny.logits(model.model), tiny.logits(wr.load(quantized)))
     assert model.quantized and model.quantize_config == BaseQuantizeConfig(
-        4, 64, desc_act=False, static_groups=True, true_sequential=False, checkpoint_format="gptq"
+        4, 64, desc_act=False, static_groups=True, true_sequential=True, checkpoint_format="gptq"
     )
     assert model.config.vocab_size == tiny.VOCABULARY and model.device == torch.device("cpu")
     assert model.to("cpu") is model

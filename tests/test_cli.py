@@ -179,15 +179,15 @@ def test_a_model_that_computes_nonsense_fails_the_check_and_its_json_is_json(run
 @contextmanager
 def stopped_at(block):
     """Ctrl-C when the block with this number is looked at."""
-    observe = pipeline.BlockWalk.observe
+    siblings = pipeline.BlockWalk.siblings
 
     def interrupted(walk, index, *rest):
         if index == block:
             raise KeyboardInterrupt
-        return observe(walk, index, *rest)
+        return siblings(walk, index, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline.BlockWalk, "observe", interrupted)
+        patch.setattr(pipeline.BlockWalk, "siblings", interrupted)
         yield
 
 

@@ -318,7 +318,7 @@ def test_the_fidelity_is_what_evaluation_finds_on_the_same_windows(llama, quanti
 
 
 def test_a_layer_that_no_token_reaches_is_rounded_plainly_and_counts_as_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.BlockWalk, "observe", lambda self, index, stream, names: [])
+    monkeypatch.setattr(pipeline.BlockWalk, "staged", lambda self, index, stream, names, known: [])
     report = tiny.quantize(one_block(), tmp_path / "out")
     assert {layer.fallback for layer in report.layers} == {"no calibration token reached this layer"}
     assert "100.0% of the quantized weights fell back to plain rounding" in report.problems()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = 1  # of csrc/wellrounded.h
+ABI = 2  # of csrc/wellrounded.h
 LEVELS = ("portable", "avx2", "avx512-bf16")
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
@@ -45,6 +45,7 @@ def library() -> ctypes.CDLL | None:
     whole, single = ctypes.c_int, ctypes.c_float
     core.wr_search.argtypes = [pointer, pointer, *[number] * 4, whole, pointer, number, pointer, pointer]
     core.wr_sweep.argtypes = [pointer] * 3 + [number, pointer, pointer, single, pointer, pointer, number, number]
+    core.wr_gram.argtypes = [pointer, *[number] * 3, pointer]
     if runtime := _runtime():
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads")
         core.wr_threads(*(ctypes.cast(getattr(runtime, name), pointer) for name in names))
@@ -87,6 +88,25 @@ def search(
     )  # fmt: skip
     assert not failed, "core.grid gave it numbers that make no sense"
     return scales, zeros
+
+
+def add_gram(rows: torch.Tensor, upper: torch.Tensor) -> bool:
+    """upper float32 [n, n] += rows^T rows for bfloat16 rows [count, n]; False if that is not for this machine.
+
+    Products are exact, sums float32; entries below the diagonal are undefined afterwards.
+    """
+    import torch
+
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or not serves(upper):
+        return False
+    core, (count, size) = library(), rows.shape
+    assert core is not None and upper.shape == (size, size)
+    if rows.stride(1) != 1 or rows.stride(0) < size:
+        rows = rows.contiguous()
+    stride = max(rows.stride(0), size)  # torch does not say it of a single row
+    done = core.wr_gram(rows.data_ptr(), count, stride, size, upper.data_ptr())
+    assert done >= 0, "core.hessian gave it numbers that make no sense"
+    return done == 0
 
 
 def sweep(

@@ -25,6 +25,7 @@ from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
+from .model.siblings import Siblings
 from .model.walk import BlockWalk, Stream
 from .plan import make_plan
 from .report import LayerResult, Report, error_db
@@ -90,10 +91,11 @@ class Run:
             self.walk.advance(index, *dense)
             if name in writer.finished:
                 self._replay(name, block, writer)
+                self.walk.advance(index, *calibrating)
             else:
-                tensors, results = self._quantize_block(index, name, block, calibrating)
+                tensors, results = self._quantize_block(index, name, block, calibrating, dense)
                 writer.add(name, tensors, [asdict(result) for result in results])
-            self.walk.advance(index, *calibrating, *quantized)
+            self.walk.advance(index, *quantized)
             done = time.perf_counter() - started
             tell(Progress(index + 1, len(self.walk.names), done, name))
         self.report.fidelity = self._fidelity(dense, quantized)
@@ -116,13 +118,13 @@ class Run:
         return calibrating, *([self.walk.stream(held.ids, held.mask, batch=1)] for _ in range(2))
 
     def _quantize_block(
-        self, index: int, block_name: str, block: nn.Module, calibrating: list[Stream]
+        self, index: int, block_name: str, block: nn.Module, calibrating: list[Stream], dense: list[Stream]
     ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
         """Solve every layer of the block, put the result back into it, and return what belongs on disk."""
         mine = [n for n in layers_of.linears(block) if f"{block_name}.{n}" in self.plan.schemes]
         tensors: dict[str, torch.Tensor] = {}
         results: list[LayerResult] = []
-        for names, hessian in self._observed(index, mine, calibrating):
+        for names, hessian in self._observed(index, mine, calibrating, dense):
             for group in self._same_scheme(block_name, names):
                 for name, quantized, result in self._solve(block_name, block, group, hessian):
                     self._place(block.get_submodule(name), quantized)
@@ -132,20 +134,28 @@ class Run:
         return tensors | dict(self._dense_tensors(block_name, block, set(mine))), results
 
     def _observed(
-        self, index: int, names: list[str], calibrating: list[Stream]
+        self, index: int, names: list[str], calibrating: list[Stream], dense: list[Stream]
     ) -> Iterator[tuple[list[str], Hessian | None]]:
-        """Sets of siblings with their Hessian; layers that no token reached come last, one by one, without one."""
+        """Sets of siblings with their Hessian; layers that no token reached come last, one by one, without one.
+
+        A set is to be rounded before the next is asked for. In the end the calibrating streams have left the block.
+        """
         unseen = dict.fromkeys(names)
         for stream in calibrating:
-            found = self.walk.observe(index, stream, names)
-            for number, siblings in enumerate(found):
-                if number and self.settings.true_sequential:  # by now, those before them are rounded
-                    siblings = self.walk.observe(index, stream, siblings.names)[0]
+            for siblings in self._sets(index, names, stream, dense):
                 yield siblings.names, siblings.hessian
                 for name in siblings.names:
                     del unseen[name]
         for name in unseen:
             yield [name], None
+
+    def _sets(self, index: int, names: list[str], stream: Stream, dense: list[Stream]) -> Iterator[Siblings]:
+        if self.settings.true_sequential:
+            known = self.walk.siblings(index, dense[0] if dense else stream, names)
+            yield from self.walk.staged(index, stream, names, known)
+        else:
+            yield from self.walk.observe(index, stream, names)
+            self.walk.advance(index, stream)
 
     def _same_scheme(self, block_name: str, names: list[str]) -> list[list[str]]:
         """Siblings cut into runs that share a scheme: each run is solved as one tall matrix."""

@@ -141,7 +141,7 @@ def chosen(request):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_precision_of_torch_is_put_back(chosen, dtype):
-    observed(rows(10, 16, dtype))
+    Hessian(16).add_rows(rows(10, 16, dtype))
     assert precision() == chosen
 
 
@@ -149,7 +149,7 @@ def test_the_precision_of_torch_is_put_back_after_an_error(chosen):
     hessian = Hessian(16)
     hessian._upper = torch.zeros(3, 3)
     with pytest.raises(RuntimeError):
-        hessian.update(rows(10, 16, torch.bfloat16))
+        hessian.add_rows(rows(10, 16, torch.bfloat16))
     assert precision() == chosen
 
 
@@ -166,7 +166,7 @@ def test_only_bfloat16_rows_are_multiplied_in_bfloat16(chosen, dtype, during):
 
     hessian = Hessian(16)
     hessian._upper = Recorder()
-    hessian.update(rows(10, 16, dtype))
+    hessian.add_rows(rows(10, 16, dtype))
     assert seen == [during or chosen]
 
 

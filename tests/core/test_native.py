@@ -101,3 +101,58 @@ def test_only_contiguous_float32_on_the_cpu_is_served():
     assert native.serves(x, x)
     for other in (x.double(), x.T[:, 1:], x.to("meta"), x.bfloat16()):
         assert not native.serves(x, other)
+
+
+# ---- second moments ----
+
+
+def gram_of(rows: torch.Tensor) -> torch.Tensor | None:
+    upper = torch.zeros(rows.shape[1], rows.shape[1])
+    return torch.triu(upper) if native.add_gram(rows, upper) else None
+
+
+def exact_gram(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """rows^T rows in float64, and how far a float32 sum may be from it: half a unit of every partial sum."""
+    x = rows.double()
+    return torch.triu(x.T @ x), (len(x) + 2) * 2.0**-24 * (x.abs().T @ x.abs())
+
+
+@pytest.mark.parametrize("count", [1, 2, 7, 1024, 2051])
+@pytest.mark.parametrize("size", [1, 7, 8, 16, 25, 48, 50, 130])
+def test_the_second_moment_is_exact_but_for_float32_sums(level, size, count):
+    random = torch.Generator().manual_seed(size)
+    rows = (torch.randn(count, size, generator=random) * torch.randn(size, generator=random).exp()).bfloat16()
+    moment = gram_of(rows)
+    if level < len(native.LEVELS) - 1:
+        assert moment is None  # only the best instruction set multiplies bfloat16
+        return
+    exact, off = exact_gram(rows)
+    assert ((moment - exact).abs() <= off).all()
+
+
+def test_second_moments_add_up_and_rows_may_lie_apart(level):
+    wide = torch.randn(300, 100).bfloat16()
+    for rows in (wide[:, 30:77], wide[:1, 30:77], wide[::3, 30:77], wide.T[:90, :64], wide[:1, :40].expand(5, 40)):
+        upper = torch.full((rows.shape[1], rows.shape[1]), 3.0)
+        if native.add_gram(rows, upper):
+            assert torch.equal(torch.triu(upper), torch.triu(gram_of(rows.contiguous()) + 3.0))
+        else:
+            assert (upper == 3).all() and level < len(native.LEVELS) - 1
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_second_moment(level):
+    rows, before = torch.randn(1500, 200).bfloat16(), torch.get_num_threads()
+    moments = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        moments.append(gram_of(rows))
+    torch.set_num_threads(before)
+    assert all(m is None or torch.equal(m, moments[0]) for m in moments)
+
+
+def test_other_dtypes_and_places_are_left_to_torch():
+    upper = torch.zeros(4, 4)
+    for rows in (torch.randn(3, 4), torch.randn(3, 4).half(), torch.empty(3, 4, dtype=torch.bfloat16, device="meta")):
+        assert not native.add_gram(rows, upper)
+    assert not native.add_gram(torch.randn(3, 4).bfloat16(), torch.zeros(4, 4, dtype=torch.float64))
+    assert (upper == 0).all()

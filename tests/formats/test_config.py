@@ -31,7 +31,6 @@ def test_a_plain_recipe_becomes_what_every_reader_knows():
         "format": "gptq",
         "pack_dtype": "int32",
         "lm_head": False,
-        "true_sequential": False,
         "static_groups": True,
         "meta": {"quantizer": [f"wellrounded:{__version__}"]},
     }

@@ -6,7 +6,6 @@ from torch import nn
 
 import tiny
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
-from wellrounded.model.blocks import observe
 from wellrounded.model.walk import BlockWalk, materialize, meta_copy
 
 TOKENS = tiny.ids(4, seed=7)
@@ -204,23 +203,3 @@ def test_a_weight_that_is_no_number_is_named():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"^model\.layers\.1\.mlp\.down_proj\.weight: .* NaN or Inf"):
         walked(walk_of(model))
-
-
-def test_a_layer_that_is_called_twice_is_seen_both_times():
-    class Twice(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.shared, self.last = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
-
-        def forward(self, x):
-            return self.last(self.shared(self.shared(x)))
-
-    block = Twice()
-
-    def run():
-        for _ in range(3):
-            yield None
-            block(torch.randn(2, 4))
-
-    shared, last = observe(block, ["shared", "last"], run)
-    assert (shared.hessian.tokens, last.hessian.tokens) == (12, 6)

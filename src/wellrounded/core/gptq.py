@@ -34,8 +34,8 @@ class Settings:
     order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
     refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
-    true_sequential  layers of a block are observed after those before them are rounded; the pipeline does it, at the
-                  price of more forwards, and no gain was found
+    true_sequential  layers of a block see the error of those rounded before them, and a block runs once; without it
+                  it runs twice, but keeps nothing in between (the pipeline's business)
     """
 
     damping: float = 0.01
@@ -43,7 +43,7 @@ class Settings:
     order: str = "importance"
     candidates: int = 32
     refit_sweeps: int = 1
-    true_sequential: bool = False
+    true_sequential: bool = True
 
     def __post_init__(self) -> None:
         if not self.damping >= 0 or self.panel < 1 or self.candidates < 1 or self.refit_sweeps < 0:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .. import native
 from ..errors import NumericsError
 
 TILE = 768  # columns per tile of the upper triangle: wide enough for a matmul to run at full speed
@@ -49,6 +50,11 @@ class Hessian:
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device)]
         self.tokens += rows.shape[0]
+        if not native.add_gram(rows, self._upper):
+            self.add_rows(rows)
+
+    def add_rows(self, rows: torch.Tensor) -> None:
+        """The definition of `update`, for every device and dtype: rows [tokens, size], tile by tile."""
         exact_in_bf16 = rows.dtype == torch.bfloat16
         rows = rows.float()
         with _bf16_products(exact_in_bf16 and rows.device.type == "cpu"):

@@ -70,7 +70,6 @@ def to_config(recipe: Recipe, version: str, kept: Iterable[str] = (), meta: Json
         "format": version,
         "pack_dtype": "int32",
         "lm_head": False,
-        "true_sequential": False,  # all Hessians of a block come from one forward
         # Beside desc_act this promises a trivial g_idx, as AutoGPTQ wrote it: ours is not, so the promise is not made.
         "static_groups": not act_order,
         "meta": {"quantizer": [f"wellrounded:{__version__}"], **(meta or {})},

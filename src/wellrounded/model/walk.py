@@ -11,13 +11,15 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import CheckpointError, NumericsError, UsageError
-from .blocks import Siblings, find_blocks, observe
+from .blocks import find_blocks
+from .siblings import Batch, Siblings, observe, staged
 
 Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
 Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden state
@@ -72,24 +74,37 @@ class BlockWalk:
             stream.calls.append(twin)
         return stream
 
+    @torch.no_grad()
     def advance(self, index: int, *streams: Stream) -> None:
         """Run block `index` over every batch of the streams and keep its outputs as the next hidden states."""
         for stream in streams:
             for batch in range(len(stream.hidden)):
-                output = self._run(index, stream, batch)
-                if not torch.isfinite(output).all():
-                    raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
-                stream.hidden[batch] = output
+                self._step(index, stream, batch)
 
     def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings]:
         """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
+        return observe(self.blocks[index], names, self._batches(self._run, index, stream))
 
-        def run() -> Iterator[torch.Tensor | None]:
-            for batch, mask in enumerate(stream.masks):
-                yield mask
-                self._run(index, stream, batch)
+    def siblings(self, index: int, stream: Stream, names: list[str]) -> list[list[str]]:
+        """Which of the named layers read the same tensor, in call order; found on the stream's last batch alone."""
+        found = observe(self.blocks[index], names, self._batches(self._run, index, stream)[-1:], weigh=False)
+        return [siblings.names for siblings in found]
 
-        return observe(self.blocks[index], names, run)
+    def staged(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings]:
+        """Advance the stream, stopping before each set of siblings with the Hessian of what arrives there.
+
+        What the caller makes of a set's weights is what the rest of the block sees. See siblings.staged.
+        """
+        return staged(self.blocks[index], names, known, self._batches(self._step, index, stream))
+
+    def _batches(self, run: Callable[[int, Stream, int], Any], index: int, stream: Stream) -> list[Batch]:
+        return [(partial(run, index, stream, batch), mask) for batch, mask in enumerate(stream.masks)]
+
+    def _step(self, index: int, stream: Stream, batch: int) -> None:
+        output = self._run(index, stream, batch)
+        if not torch.isfinite(output).all():
+            raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
+        stream.hidden[batch] = output
 
     def logits(self, stream: Stream, batch: int) -> torch.Tensor:
         """[batch, length, vocabulary]: the model's head on what the last block returned."""
@@ -103,11 +118,10 @@ class BlockWalk:
     def _run(self, index: int, stream: Stream, batch: int) -> torch.Tensor:
         args, kwargs = stream.calls[batch][index]
         hidden = stream.hidden[batch]
-        with torch.no_grad():
-            if "hidden_states" in kwargs:
-                output = self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
-            else:
-                output = self.blocks[index](hidden, *args, **kwargs)
+        if "hidden_states" in kwargs:
+            output = self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
+        else:
+            output = self.blocks[index](hidden, *args, **kwargs)
         self._tuple_output = isinstance(output, tuple)
         return output[0] if isinstance(output, tuple) else output
 
