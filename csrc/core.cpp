@@ -315,4 +315,39 @@ int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, f
     return 1;
 }
 
+int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint8_t *mask, uint16_t *out,
+              int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t depth,
+              const int64_t *strides, float scale, int causal) {
+    bool good = q && k && v && out && strides && batch > 0 && heads > 0 && kv_heads > 0 && queries > 0 && keys > 0;
+    if (!good || depth <= 0 || depth % 32 || heads % kv_heads) return -1;
+    kernels();  // settles the level
+#ifdef WR_HAS_AVX512
+    if (level == WR_AVX512_BF16) {
+        static thread_local std::vector<uint32_t> packed;
+        const AttentionKernel &kernel = avx512_attention();
+        const int64_t *s = strides;
+        Attention a{q, k, v, mask, out, heads, kv_heads, queries, keys, depth, s[0], s[1], s[2], s[3], s[4], s[5], s[6],
+                    s[7], s[8], s[9], s[10], scale, causal != 0, nullptr};
+        int64_t tiles = kernel.tiles(a), bytes = batch * heads * queries * keys * depth / 8;
+        auto with_scratch = [&](void (*work)(const Attention &, int64_t, int64_t, float *)) {
+            return [&a, &kernel, work](int64_t begin, int64_t end) {
+                static thread_local std::vector<float> scratch;
+                scratch.resize(kernel.scratch(a));
+                work(a, begin, end, scratch.data());
+            };
+        };
+        if (!tiles) {
+            deal_out(batch * heads * queries, batch * heads * keys * depth * 4, with_scratch(kernel.few));
+            return 0;
+        }
+        packed.resize(batch * kv_heads * kernel.words(a));
+        a.packed = packed.data();
+        deal_out(batch * kv_heads, bytes, [&](int64_t begin, int64_t end) { kernel.pack(a, begin, end); });
+        deal_out(batch * heads * tiles, bytes, with_scratch(kernel.many));
+        return 0;
+    }
+#endif
+    return 1;
+}
+
 }  // extern "C"

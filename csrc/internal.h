@@ -81,6 +81,26 @@ struct GramKernel {
     int64_t (*units)(int64_t size);
 };
 
+// Queries, keys and values of all heads, as wr_attend describes them; `packed` is room for words() per batch and kv head.
+struct Attention {
+    const uint16_t *q, *k, *v;
+    const uint8_t *mask;  // or null
+    uint16_t *out;
+    int64_t heads, kv_heads, queries, keys, depth;
+    int64_t q_batch, q_head, q_row, k_batch, k_head, k_row, v_batch, v_head, v_row, mask_batch, mask_row;
+    float scale;
+    bool causal;
+    uint32_t *packed;
+};
+struct AttentionKernel {
+    int64_t (*tiles)(const Attention &);    // of a head's queries; 0 if they are so few that nothing is packed
+    int64_t (*words)(const Attention &);
+    int64_t (*scratch)(const Attention &);  // floats
+    void (*pack)(const Attention &, int64_t begin, int64_t end);  // batches times kv heads
+    void (*many)(const Attention &, int64_t begin, int64_t end, float *scratch);  // batches times heads times tiles
+    void (*few)(const Attention &, int64_t begin, int64_t end, float *scratch);   // batches times heads times queries
+};
+
 using Multiply = void (*)(const Layer &, const Inputs &, void *y, int dtype, int64_t begin, int64_t end);
 using Restore = void (*)(const Layer &, void *w, int dtype, int64_t begin, int64_t end);
 
@@ -97,6 +117,7 @@ const Kernels &portable();
 const Kernels &avx2();
 const Kernels &avx512();
 const GramKernel &avx512_gram();
+const AttentionKernel &avx512_attention();
 
 static inline float to_float(uint16_t half) {  // IEEE float16
     uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023, bits;

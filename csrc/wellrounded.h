@@ -93,6 +93,15 @@ WR_API int wr_sweep(const float *weight, float *target, const float *feedback, i
  * sense, 1 where the instruction set in use has no products of bfloat16: nothing was done then. */
 WR_API int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper);
 
+/* out [batch][queries][heads][depth] = softmax(scale * q k^T) v, all bfloat16, scores and sums in float32.
+ * q is [batch][heads][queries][depth], k and v [batch][kv_heads][keys][depth], each with three strides (of a batch, a
+ * head, a row) in numbers; the depth lies without gaps and is a multiple of 32, heads one of kv_heads. Query i sees the
+ * keys up to i if `causal`, and those where mask [batch][queries][keys], bytes with two strides, is not 0; null is no
+ * mask. A query that sees nothing gives zeros. Returns 0, -1 for numbers that make no sense, 1 as wr_gram does. */
+WR_API int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint8_t *mask, uint16_t *out,
+                     int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t depth,
+                     const int64_t *strides, float scale, int causal);
+
 #ifdef __cplusplus
 }
 #endif

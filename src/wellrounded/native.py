@@ -46,6 +46,7 @@ def library() -> ctypes.CDLL | None:
     core.wr_search.argtypes = [pointer, pointer, *[number] * 4, whole, pointer, number, pointer, pointer]
     core.wr_sweep.argtypes = [pointer] * 3 + [number, pointer, pointer, single, pointer, pointer, number, number]
     core.wr_gram.argtypes = [pointer, *[number] * 3, pointer]
+    core.wr_attend.argtypes = [pointer] * 5 + [number] * 6 + [pointer, single, whole]
     if runtime := _runtime():
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads")
         core.wr_threads(*(ctypes.cast(getattr(runtime, name), pointer) for name in names))
@@ -107,6 +108,47 @@ def add_gram(rows: torch.Tensor, upper: torch.Tensor) -> bool:
     done = core.wr_gram(rows.data_ptr(), count, stride, size, upper.data_ptr())
     assert done >= 0, "core.hessian gave it numbers that make no sense"
     return done == 0
+
+
+def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
+    """Whether `attend` is for tensors like these, and for this machine; it looks at shapes, dtypes and devices only."""
+    import torch
+
+    plain = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.ndim == 4 for t in (q, k, v))
+    if not plain or q.shape[3] % 32 or v.shape != k.shape or q.shape[1] % k.shape[1] or q.shape[0] != k.shape[0]:
+        return False
+    queries, keys = (q.shape[0], 1, q.shape[2]), k.shape[2]
+    masked = mask is not None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[3] == keys
+    fits = mask is None or (masked and all(n in (1, most) for n, most in zip(mask.shape, queries)))
+    return fits and level() == LEVELS[-1]
+
+
+def attend(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
+) -> torch.Tensor | None:
+    """softmax(scale q k^T) v as [batch, queries, heads, depth], or None if it is not for these (`attends`).
+
+    q [batch, heads, queries, depth], k and v [batch, kv heads, keys, depth], bfloat16, the depth a multiple of 32; mask
+    bool [batch or 1, 1, queries or 1, keys], True where a query sees a key; causal lets query i see the keys up to i. A
+    query that sees no key gives zeros. Scores and sums are float32 (Dao et al., "FlashAttention", 2022).
+    """
+    if not attends(q, k, v, mask) or not q.numel() or not k.numel():
+        return None
+    core, (batch, heads, queries, depth), (kv_heads, keys) = library(), q.shape, k.shape[1:3]
+    assert core is not None
+    q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (q, k, v))
+    strides, start = [*q.stride()[:3], *k.stride()[:3], *v.stride()[:3], 0, 0], None
+    if mask is not None:
+        mask = mask if mask.stride(3) == 1 else mask.contiguous()
+        strides[9:] = [mask.stride(i) if mask.shape[i] > 1 else 0 for i in (0, 2)]
+        start = mask.data_ptr()
+    out = q.new_empty(batch, queries, heads, depth)
+    done = core.wr_attend(
+        q.data_ptr(), k.data_ptr(), v.data_ptr(), start, out.data_ptr(), batch, heads, kv_heads, queries, keys, depth,
+        (ctypes.c_int64 * 11)(*strides), scale, causal,
+    )  # fmt: skip
+    assert not done, "attends() let something through that the core does not take"
+    return out
 
 
 def sweep(

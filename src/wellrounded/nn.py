@@ -13,7 +13,7 @@ from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
 from .errors import CheckpointError
 from .formats import gptq as gptq_format
-from .kernels import reference
+from .kernels import cpu, reference
 from .ops import dense_weight
 from .packed_weight import PackedWeight, refusal
 
@@ -125,6 +125,8 @@ class QuantLinear(nn.Linear):
         return self._kernel.matmul(x, self._prepared, self.dense_weight)
 
     def _traced(self, x: torch.Tensor) -> torch.Tensor:
+        if self._kernel is cpu and not (x.requires_grad and torch.is_grad_enabled()):
+            return torch.ops.wellrounded.product(x, self._prepared[0], self.out_features)
         scheme = self.scheme
         act_order = scheme.act_order or self._kernel is None  # only binding tells whether g_idx is what it should be
         return torch.ops.wellrounded.linear(

@@ -13,7 +13,9 @@ from ..checkpoint import Reader
 from ..errors import CheckpointError, UsageError
 from ..formats.config import from_config
 from ..model.walk import materialize
+from ..kernels import reference
 from ..request import NONE, Request
+from . import attention
 from .gptq_config import asking
 from .quantizer import Quantizer
 from .register import register
@@ -69,6 +71,8 @@ def load(
         trust_remote_code=trust_remote_code,
         **options,
     )
+    if kernel != reference.NAME and "attn_implementation" not in options:
+        attention.use(loaded)
     return loaded.eval()
 
 

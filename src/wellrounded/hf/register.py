@@ -12,7 +12,7 @@ from transformers import modeling_utils
 from transformers.quantizers import auto
 from transformers.utils import cached_file
 
-from . import saving
+from . import attention, saving
 from .gptq_config import GPTQConfig, forgetting, remembering
 from .quantizer import Quantizer
 from .source import read_quantization
@@ -26,6 +26,7 @@ def register() -> None:
     Doing it again changes nothing; `unregister` undoes it. The class GPTQConfig stays the same object, so code that
     has imported it already is served too.
     """
+    attention.offer()  # a name of our own, which changes nothing for others: it stays
     if _before:
         return
     config, model = transformers.GPTQConfig, transformers.PreTrainedModel

@@ -20,6 +20,7 @@ from ..card import copy_files
 from ..checkpoint import Reader, Source
 from ..errors import CheckpointError, UsageError
 from ..model.walk import meta_copy
+from . import attention
 
 COMPUTE = torch.bfloat16  # fast wherever there is hardware for it, and wide enough for every model's activations
 
@@ -250,6 +251,7 @@ def skeleton(kind: Any, config: Any, trust_remote_code: bool = False) -> transfo
         else:
             model = kind._from_config(config, dtype=COMPUTE)
     model.tie_weights()
+    attention.use(model)
     return model.eval()
 
 

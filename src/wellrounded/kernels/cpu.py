@@ -54,6 +54,11 @@ def prepare(weight: QuantizedWeight, need: Need) -> list[torch.Tensor]:
     return [block]
 
 
+def no_dense(dtype: torch.dtype) -> torch.Tensor:
+    """For callers of `matmul` that have no dense weight: this kernel restores its own."""
+    raise AssertionError("the native core's kernel never asks for the dense weight")
+
+
 def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> torch.Tensor:
     """[..., in] to [..., out]."""
     (block,) = prepared
