@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check sanitize clean
+.PHONY: demo test check sanitize neon clean
 
 # torch comes first and alone, from the constraints: left to a dependency, pip would take its newest CUDA build.
 $(VENV)/installed: pyproject.toml constraints.txt $(wildcard csrc/*)
@@ -34,6 +34,13 @@ sanitize:
 	cmake -S csrc -B build/sanitize -DWR_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
 	cmake --build build/sanitize
 	build/sanitize/check
+
+# The native core for AArch64, emulated. Needs cmake and, on Debian, the packages g++-aarch64-linux-gnu and qemu-user.
+neon:
+	cmake -S csrc -B build/neon -DWR_CHECK=ON -DCMAKE_SYSTEM_NAME=Linux -DCMAKE_SYSTEM_PROCESSOR=aarch64 \
+		-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++
+	cmake --build build/neon
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/neon/check
 
 clean:
 	rm -rf $(VENV) demo-out build dist

@@ -73,11 +73,14 @@ void multiply(const Layer &layer, const Inputs &in, void *y, int dtype, int64_t 
 
 const Kernels &avx2() {
     const Restore(&plain)[4] = portable().restore;
-    static const Kernels table = {false,
+    static const Kernels table = {"avx2",
+                                  false,
                                   {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
                                   {plain[0], plain[1], plain[2], plain[3]},
                                   search,
-                                  sweep};
+                                  sweep,
+                                  nullptr,
+                                  nullptr};
     return table;
 }
 

@@ -4,8 +4,6 @@
 // the bits above it belong to its neighbours, and do not matter because the table repeats itself every 2^b entries.
 #include <immintrin.h>
 
-#include <utility>
-
 #include "internal.h"
 #include "solver.h"
 
@@ -21,16 +19,6 @@ inline __m512i table(int bits, int step, int offset) {  // entry i: step * (i mo
 template <int BY>
 inline __m512i shifted(__m512i words) {
     return BY ? _mm512_srli_epi16(words, BY) : words;
-}
-
-// body(0), body(1), ... with numbers that are constants: shifts by them need no register.
-template <typename Body, int... J>
-inline void each(const Body &body, std::integer_sequence<int, J...>) {
-    (body(std::integral_constant<int, J>()), ...);
-}
-template <int COUNT, typename Body>
-inline void each(const Body &body) {
-    each(body, std::make_integer_sequence<int, COUNT>());
 }
 
 // The pair j of a unit: code minus 2^(bits-1) for 16 outputs and 2 inputs, as one or two summands.
@@ -203,8 +191,14 @@ void restore(const Layer &layer, void *w, int dtype, int64_t begin, int64_t end)
 }  // namespace
 
 const Kernels &avx512() {
-    static const Kernels table = {
-        true, {multiply<2>, multiply<3>, multiply<4>, multiply<8>}, {restore<2>, restore<3>, restore<4>, restore<8>}, search, sweep};
+    static const Kernels table = {"avx512-bf16",
+                                  true,
+                                  {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
+                                  {restore<2>, restore<3>, restore<4>, restore<8>},
+                                  search,
+                                  sweep,
+                                  &avx512_gram,
+                                  &avx512_attention};
     return table;
 }
 

@@ -229,9 +229,6 @@ int64_t scratch(const Attention &a) {
 
 }  // namespace
 
-const AttentionKernel &avx512_attention() {
-    static const AttentionKernel kernel = {tiles, words, scratch, pack, many, few};
-    return kernel;
-}
+const AttentionKernel avx512_attention = {tiles, words, scratch, pack, many, few};
 
 }  // namespace wr

@@ -53,9 +53,6 @@ int64_t units(int64_t size) {
 
 }  // namespace
 
-const GramKernel &avx512_gram() {
-    static const GramKernel kernel = {pack, add, units};
-    return kernel;
-}
+const GramKernel avx512_gram = {pack, add, units};
 
 }  // namespace wr

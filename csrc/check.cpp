@@ -1,8 +1,10 @@
 // A program that drives the core through random layers and nonsense, for a build that stops at the first misuse of
-// memory: `make sanitize`. What the core computes is compared with a product of its own restored weight in double.
+// memory (`make sanitize`) and for a machine that is emulated (`make neon`). What the core computes is compared with a
+// product of its own restored weight in double.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 #include <vector>
 
@@ -22,6 +24,13 @@ struct Block {  // 64-byte aligned, and not a byte longer than asked for
 void fail(const char *what) {
     std::printf("failed: %s\n", what);
     std::exit(1);
+}
+
+double number(uint16_t half) {  // bfloat16
+    uint32_t bits = uint32_t(half) << 16;
+    float value;
+    std::memcpy(&value, &bits, 4);
+    return value;
 }
 
 void one_layer() {
@@ -93,7 +102,6 @@ void one_gram() {
     for (auto &value : rows) value = uint16_t(between(0, 1) * 0x8000 + between(0x3c00, 0x4080));
     int done = wr_gram(rows.data(), count, stride, size, upper.data());
     if (done != 0 && done != 1) fail("wr_gram");
-    auto number = [](uint16_t half) { return std::ldexp((128.0 + (half & 127)) * (half & 0x8000 ? -1 : 1), (half >> 7 & 255) - 134); };
     int64_t i = between(0, size - 1), j = between(i, size - 1);
     double sum = 0, magnitude = 0;
     for (int64_t t = 0; t < count; ++t) {
@@ -102,6 +110,36 @@ void one_gram() {
     }
     if (!done && std::abs(upper[i * size + j] - sum) > 1e-6 * double(count + 2) * magnitude) fail("a second moment");
     if (wr_gram(rows.data(), count, size - 1, size, upper.data()) != -1) fail("rows that overlap were taken");
+}
+
+void one_attention() {
+    int64_t batch = between(1, 2), kv_heads = between(1, 3), heads = kv_heads * between(1, 3), depth = 32 * between(1, 5);
+    int64_t queries = between(0, 1) ? between(1, 5) : between(6, 110), keys = between(1, 150);
+    bool causal = between(0, 1), masked = between(0, 1);
+    std::vector<uint16_t> q(batch * heads * queries * depth), k(batch * kv_heads * keys * depth), v(k.size()), out(q.size());
+    std::vector<uint8_t> mask(batch * queries * keys);
+    for (auto *values : {&q, &k, &v})
+        for (auto &value : *values) value = uint16_t(between(0, 1) * 0x8000 + between(0x3e00, 0x3f80));
+    for (auto &byte : mask) byte = uint8_t(between(0, 2));
+    const int64_t strides[] = {heads * queries * depth, queries * depth, depth, kv_heads * keys * depth, keys * depth, depth,
+                               kv_heads * keys * depth, keys * depth, depth, queries * keys, keys};
+    int done = wr_attend(q.data(), k.data(), v.data(), masked ? mask.data() : nullptr, out.data(), batch, heads, kv_heads,
+                         queries, keys, depth, strides, 0.1f, causal);
+    if (done != 0 && done != 1) fail("wr_attend");
+    int64_t b = between(0, batch - 1), h = between(0, heads - 1), i = between(0, queries - 1), d = between(0, depth - 1);
+    int64_t source = (b * kv_heads + h / (heads / kv_heads)) * keys;
+    double sum = 0, value = 0, size = 0;
+    for (int64_t j = 0; j < keys; ++j) {
+        if ((causal && j > i) || (masked && !mask[(b * queries + i) * keys + j])) continue;
+        double score = 0;
+        for (int64_t at = 0; at < depth; ++at)
+            score += number(q[((b * heads + h) * queries + i) * depth + at]) * number(k[(source + j) * depth + at]);
+        double weight = std::exp(0.1 * score);
+        sum += weight, value += weight * number(v[(source + j) * depth + d]);
+        size += weight * std::abs(number(v[(source + j) * depth + d]));
+    }
+    double exact = sum ? value / sum : 0, found = number(out[((b * queries + i) * heads + h) * depth + d]);
+    if (!done && std::abs(found - exact) > 0.008 * (sum ? size / sum : 0)) fail("an attention");  // 2^-8 twice, and a little
 }
 
 void nonsense() {
@@ -122,7 +160,7 @@ void nonsense() {
 int main() {
     for (int level = WR_PORTABLE; level <= wr_best(); ++level) {
         wr_use(level);
-        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), one_gram(), nonsense();
-        std::printf("instruction set %d: 300 layers\n", level);
+        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), one_gram(), one_attention(), nonsense();
+        std::printf("%s: 300 layers\n", wr_name(level));
     }
 }

@@ -22,18 +22,28 @@ int best() {
 #ifdef WR_HAS_AVX2
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) return WR_AVX2;
 #endif
+#ifdef WR_HAS_NEON
+    return WR_NEON;  // part of every AArch64
+#endif
     return WR_PORTABLE;
 }
 
-const Kernels &kernels() {
-    if (level < 0) level = best();
+const Kernels &kernels(int level) {
 #ifdef WR_HAS_AVX512
     if (level == WR_AVX512_BF16) return avx512();
 #endif
 #ifdef WR_HAS_AVX2
     if (level == WR_AVX2) return avx2();
 #endif
+#ifdef WR_HAS_NEON
+    if (level == WR_NEON) return neon();
+#endif
     return portable();
+}
+
+const Kernels &kernels() {
+    if (level < 0) level = best();
+    return kernels(level);
 }
 
 // ---- threads: those of somebody else's OpenMP runtime, so that no second pool spins on the same cores ----
@@ -43,8 +53,6 @@ int (*thread_number)();
 int (*most_threads)();
 
 constexpr int64_t BYTES_PER_THREAD = 64 * 1024;  // waking a thread costs as much as reading this
-
-constexpr int64_t GRAM_ROWS = 1024;  // what is packed of three panels then fits a core's second cache
 
 template <typename Work>
 struct Team {
@@ -193,6 +201,8 @@ int wr_use(int wanted) {
     return level;
 }
 
+const char *wr_name(int wanted) { return wanted < 0 || wanted > best() ? nullptr : kernels(wanted).name; }
+
 void wr_threads(void *parallel, void *number, void *most) {
     gomp_parallel = reinterpret_cast<decltype(gomp_parallel)>(parallel);
     thread_number = reinterpret_cast<decltype(thread_number)>(number);
@@ -294,60 +304,48 @@ int wr_sweep(const float *weight, float *target, const float *feedback, int64_t 
     return 0;
 }
 
+int wr_has_bfloat16(void) { return kernels().gram != nullptr; }
+
 int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper) {
     if (!rows || !upper || count < 0 || size <= 0 || stride < size) return -1;
-    kernels();  // settles the level
-#ifdef WR_HAS_AVX512
-    if (level == WR_AVX512_BF16) {
-        static thread_local std::vector<uint32_t> packed;
-        const GramKernel &k = avx512_gram();
-        int64_t panels = (size + WR_TILE - 1) / WR_TILE, units = k.units(size);
-        packed.resize(panels * WR_TILE * (std::min(count, GRAM_ROWS) + 1) / 2);
-        for (int64_t from = 0; from < count; from += GRAM_ROWS) {
-            int64_t now = std::min(GRAM_ROWS, count - from), pairs = (now + 1) / 2;
-            Gram chunk{rows + from * stride, now, stride, size, pairs, packed.data(), upper};
-            deal_out(panels, now * size * 2, [&](int64_t begin, int64_t end) { k.pack(chunk, begin, end); });
-            deal_out(units, now * size * size, [&](int64_t begin, int64_t end) { k.add(chunk, begin, end); });
-        }
-        return 0;
+    const GramKernel *k = kernels().gram;
+    if (!k) return 1;
+    constexpr int64_t GRAM_ROWS = 1024;  // what is packed of three panels then fits a core's second cache
+    static thread_local std::vector<uint32_t> packed;
+    int64_t panels = (size + WR_TILE - 1) / WR_TILE, units = k->units(size);
+    packed.resize(panels * WR_TILE * ((std::min(count, GRAM_ROWS) + 1) / 2));
+    for (int64_t from = 0; from < count; from += GRAM_ROWS) {
+        int64_t now = std::min(GRAM_ROWS, count - from), pairs = (now + 1) / 2;
+        Gram chunk{rows + from * stride, now, stride, size, pairs, packed.data(), upper};
+        deal_out(panels, now * size * 2, [&](int64_t begin, int64_t end) { k->pack(chunk, begin, end); });
+        deal_out(units, now * size * size, [&](int64_t begin, int64_t end) { k->add(chunk, begin, end); });
     }
-#endif
-    return 1;
+    return 0;
 }
 
 int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint8_t *mask, uint16_t *out,
               int64_t batch, int64_t heads, int64_t kv_heads, int64_t queries, int64_t keys, int64_t depth,
-              const int64_t *strides, float scale, int causal) {
-    bool good = q && k && v && out && strides && batch > 0 && heads > 0 && kv_heads > 0 && queries > 0 && keys > 0;
+              const int64_t *s, float scale, int causal) {
+    bool good = q && k && v && out && s && batch > 0 && heads > 0 && kv_heads > 0 && queries > 0 && keys > 0;
     if (!good || depth <= 0 || depth % 32 || heads % kv_heads) return -1;
-    kernels();  // settles the level
-#ifdef WR_HAS_AVX512
-    if (level == WR_AVX512_BF16) {
+    const AttentionKernel *kernel = kernels().attention;
+    if (!kernel) return 1;
+    Attention a{q, k, v, mask, out, heads, kv_heads, queries, keys, depth, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7],
+                s[8], s[9], s[10], scale, causal != 0, nullptr};
+    int64_t tiles = kernel->tiles(a), units = batch * heads * (tiles ? tiles : queries);
+    int64_t bytes = tiles ? batch * heads * queries * keys * depth / 8 : batch * heads * keys * depth * 4;
+    if (tiles) {
         static thread_local std::vector<uint32_t> packed;
-        const AttentionKernel &kernel = avx512_attention();
-        const int64_t *s = strides;
-        Attention a{q, k, v, mask, out, heads, kv_heads, queries, keys, depth, s[0], s[1], s[2], s[3], s[4], s[5], s[6],
-                    s[7], s[8], s[9], s[10], scale, causal != 0, nullptr};
-        int64_t tiles = kernel.tiles(a), bytes = batch * heads * queries * keys * depth / 8;
-        auto with_scratch = [&](void (*work)(const Attention &, int64_t, int64_t, float *)) {
-            return [&a, &kernel, work](int64_t begin, int64_t end) {
-                static thread_local std::vector<float> scratch;
-                scratch.resize(kernel.scratch(a));
-                work(a, begin, end, scratch.data());
-            };
-        };
-        if (!tiles) {
-            deal_out(batch * heads * queries, batch * heads * keys * depth * 4, with_scratch(kernel.few));
-            return 0;
-        }
-        packed.resize(batch * kv_heads * kernel.words(a));
+        packed.resize(batch * kv_heads * kernel->words(a));
         a.packed = packed.data();
-        deal_out(batch * kv_heads, bytes, [&](int64_t begin, int64_t end) { kernel.pack(a, begin, end); });
-        deal_out(batch * heads * tiles, bytes, with_scratch(kernel.many));
-        return 0;
+        deal_out(batch * kv_heads, bytes, [&](int64_t begin, int64_t end) { kernel->pack(a, begin, end); });
     }
-#endif
-    return 1;
+    deal_out(units, bytes, [&](int64_t begin, int64_t end) {
+        static thread_local std::vector<float> scratch;
+        scratch.resize(kernel->scratch(a));
+        (tiles ? kernel->many : kernel->few)(a, begin, end, scratch.data());
+    });
+    return 0;
 }
 
 }  // extern "C"

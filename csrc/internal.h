@@ -2,6 +2,7 @@
 #pragma once
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #include "wellrounded.h"
 
@@ -107,17 +108,31 @@ using Restore = void (*)(const Layer &, void *w, int dtype, int64_t begin, int64
 // One instruction set: layers are worked on tile by tile, begin .. end-1, the solver row by row. What depends on the
 // number of bits stands once for each, in the order 2, 3, 4, 8.
 struct Kernels {
+    const char *name;
     bool wants_halves;
     Multiply multiply[4];
     Restore restore[4];
     void (*search)(const Search &, int64_t begin, int64_t end, float *scratch);
     void (*sweep)(const Panel &, int64_t begin, int64_t end);
+    const GramKernel *gram;            // these two multiply bfloat16 with bfloat16: null where there is no such product
+    const AttentionKernel *attention;
 };
 const Kernels &portable();
 const Kernels &avx2();
 const Kernels &avx512();
-const GramKernel &avx512_gram();
-const AttentionKernel &avx512_attention();
+const Kernels &neon();
+extern const GramKernel avx512_gram;
+extern const AttentionKernel avx512_attention;
+
+// body(0), body(1), ... with numbers that are constants, as shifts and lanes have to be.
+template <typename Body, int... J>
+WR_OWN void each(const Body &body, std::integer_sequence<int, J...>) {
+    (body(std::integral_constant<int, J>()), ...);
+}
+template <int COUNT, typename Body>
+WR_OWN void each(const Body &body) {
+    each(body, std::make_integer_sequence<int, COUNT>());
+}
 
 static inline float to_float(uint16_t half) {  // IEEE float16
     uint32_t sign = uint32_t(half & 0x8000) << 16, exponent = (half >> 10) & 31, fraction = half & 1023, bits;

@@ -48,8 +48,14 @@ void restore(const Layer &layer, void *w, int dtype, int64_t begin, int64_t end)
 }  // namespace
 
 const Kernels &portable() {
-    static const Kernels table = {
-        false, {multiply<2>, multiply<3>, multiply<4>, multiply<8>}, {restore<2>, restore<3>, restore<4>, restore<8>}, search, sweep};
+    static const Kernels table = {"portable",
+                                  false,
+                                  {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
+                                  {restore<2>, restore<3>, restore<4>, restore<8>},
+                                  search,
+                                  sweep,
+                                  nullptr,
+                                  nullptr};
     return table;
 }
 

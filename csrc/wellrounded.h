@@ -34,7 +34,8 @@ extern "C" {
 #endif
 
 enum { WR_FLOAT32 = 0, WR_BFLOAT16 = 1 };                      /* dtypes of activations and dense weights */
-enum { WR_PORTABLE = 0, WR_AVX2 = 1, WR_AVX512_BF16 = 2 };     /* instruction sets, later ones faster */
+/* Instruction sets. Levels count up within an architecture, later ones faster; WR_PORTABLE is everywhere. */
+enum { WR_PORTABLE = 0, WR_AVX2 = 1, WR_AVX512_BF16 = 2 /* x86-64 */, WR_NEON = 1 /* AArch64 */ };
 enum { WR_MAGIC = 0x57523031, WR_ALIGNMENT = 64, WR_TILE = 16 };
 
 typedef struct {
@@ -46,12 +47,14 @@ typedef struct {
 } wr_header;
 
 /* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. */
-enum { WR_ABI = 2 };
+enum { WR_ABI = 3 };
 WR_API int wr_abi(void);
 
 /* The best instruction set of this machine, and the one in use: at most `level` after wr_use. */
 WR_API int wr_best(void);
 WR_API int wr_use(int level);
+/* What a level of this machine is called, null if it has no such level. */
+WR_API const char *wr_name(int level);
 
 /* The OpenMP runtime whose threads to borrow: its GOMP_parallel, omp_get_thread_num and omp_get_max_threads.
  * Without them everything runs on the calling thread. */
@@ -88,9 +91,12 @@ WR_API int wr_search(const float *weight, const float *energy, int64_t rows, int
 WR_API int wr_sweep(const float *weight, float *target, const float *feedback, int64_t stride, const float *scales,
                     const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs);
 
+/* Whether the instruction set in use multiplies bfloat16: the two functions below do nothing and return 1 otherwise. */
+WR_API int wr_has_bfloat16(void);
+
 /* upper [size][size] += rows^T rows, for bfloat16 rows [count][stride] of which the first `size` numbers count. Products
  * are exact and summed in float32. Entries below the diagonal are left undefined. Returns 0, -1 for numbers that make no
- * sense, 1 where the instruction set in use has no products of bfloat16: nothing was done then. */
+ * sense, 1 without products of bfloat16. */
 WR_API int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper);
 
 /* out [batch][queries][heads][depth] = softmax(scale * q k^T) v, all bfloat16, scores and sums in float32.

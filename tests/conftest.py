@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from torch._dynamo.utils import counters
 
 import tiny
 import wellrounded as wr
@@ -61,3 +62,12 @@ def copy_of(tmp_path):
         return shutil.copytree(directory, tmp_path / name)
 
     return copy
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """It counts compilations per process, and gives up after some."""
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()

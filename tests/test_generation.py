@@ -40,15 +40,6 @@ def tokenizer(quantized):
     return AutoTokenizer.from_pretrained(quantized, padding_side="left")
 
 
-@pytest.fixture
-def fresh_dynamo():
-    """It counts compilations per process, and gives up after some."""
-    torch._dynamo.reset()
-    counters.clear()
-    yield
-    torch._dynamo.reset()
-
-
 def written(model, tokenizer, prompt, **options) -> str:
     """The text that follows the prompt."""
     inputs = tokenizer(prompt, return_tensors="pt")

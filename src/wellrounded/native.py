@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = 2  # of csrc/wellrounded.h
-LEVELS = ("portable", "avx2", "avx512-bf16")
+ABI = 3  # of csrc/wellrounded.h
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -36,6 +35,7 @@ def library() -> ctypes.CDLL | None:
     if not hasattr(core, "wr_abi") or core.wr_abi() != ABI:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
+    core.wr_name.restype = ctypes.c_char_p
     core.wr_threads.argtypes = [pointer] * 3
     core.wr_bytes.argtypes = [number] * 5 + [ctypes.c_int] * 2
     core.wr_bytes.restype = number
@@ -60,10 +60,10 @@ def missing() -> str | None:
     return None
 
 
-def level() -> str | None:
-    """The instruction set it uses here, None without a core."""
+def levels() -> list[str]:
+    """The instruction sets it has for this machine, the one it uses last; none without a core."""
     core = library()
-    return None if core is None else LEVELS[core.wr_use(len(LEVELS))]
+    return [] if core is None else [core.wr_name(level).decode() for level in range(core.wr_best() + 1)]
 
 
 def serves(*tensors: torch.Tensor) -> bool:
@@ -110,8 +110,14 @@ def add_gram(rows: torch.Tensor, upper: torch.Tensor) -> bool:
     return done == 0
 
 
+def has_bfloat16() -> bool:
+    """Whether the instruction set in use multiplies bfloat16, as `add_gram` and `attend` need it."""
+    core = library()
+    return core is not None and bool(core.wr_has_bfloat16())
+
+
 def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None) -> bool:
-    """Whether `attend` is for tensors like these, and for this machine; it looks at shapes, dtypes and devices only."""
+    """Whether `attend` is for tensors like these: their shapes, dtypes and devices."""
     import torch
 
     plain = all(t.dtype == torch.bfloat16 and t.device.type == "cpu" and t.ndim == 4 for t in (q, k, v))
@@ -119,20 +125,19 @@ def attends(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tenso
         return False
     queries, keys = (q.shape[0], 1, q.shape[2]), k.shape[2]
     masked = mask is not None and mask.dtype == torch.bool and mask.ndim == 4 and mask.shape[3] == keys
-    fits = mask is None or (masked and all(n in (1, most) for n, most in zip(mask.shape, queries)))
-    return fits and level() == LEVELS[-1]
+    return mask is None or (masked and all(n in (1, most) for n, most in zip(mask.shape, queries)))
 
 
 def attend(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None, scale: float, causal: bool
 ) -> torch.Tensor | None:
-    """softmax(scale q k^T) v as [batch, queries, heads, depth], or None if it is not for these (`attends`).
+    """softmax(scale q k^T) v as [batch, queries, heads, depth]; None if it `attends` to no such tensors, or not here.
 
     q [batch, heads, queries, depth], k and v [batch, kv heads, keys, depth], bfloat16, the depth a multiple of 32; mask
     bool [batch or 1, 1, queries or 1, keys], True where a query sees a key; causal lets query i see the keys up to i. A
     query that sees no key gives zeros. Scores and sums are float32 (Dao et al., "FlashAttention", 2022).
     """
-    if not attends(q, k, v, mask) or not q.numel() or not k.numel():
+    if not has_bfloat16() or not attends(q, k, v, mask) or not q.numel() or not k.numel():
         return None
     core, (batch, heads, queries, depth), (kv_heads, keys) = library(), q.shape, k.shape[1:3]
     assert core is not None

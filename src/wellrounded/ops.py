@@ -4,8 +4,8 @@
     product     the same by the native core and without gradients: two tensors, a third of the cost of a call
     attention   the native core's, see native.attend
 
-torch.compile and torch.export see these nodes; outside a trace nobody does, calling the kernels is cheaper. Schemas stand
-here once, for every device.
+torch.compile and torch.export see these nodes; outside a trace nobody does, calling the kernels is cheaper. Schemas
+stand here once, for every device.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def _product(x: torch.Tensor, block: torch.Tensor, outputs: int) -> torch.Tensor
     return cpu.matmul(x.detach() if x.requires_grad else x, [block], cpu.no_dense)
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, causal: bool) -> torch.Tensor:
+def _attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float, causal: bool
+) -> torch.Tensor:
     output = native.attend(q, k, v, mask, scale, causal)
     assert output is not None, "a graph was traced where the native core served, and runs where it does not"
     return output

@@ -9,19 +9,19 @@ from wellrounded.core.scheme import BITS, Scheme
 from wellrounded.kernels import cpu
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
-LEVELS = range(native.library().wr_best() + 1) if native.library() else []
+LEVELS = native.levels()
 SHAPES = [(64, 48, 768), (128, 50, 576), (24, 7, 96), (-1, 17, 40), (8, 33, 96), (1024, 16, 64), (96, 1, 128),
           (32, 100, 33)]  # fmt: skip
 DTYPES = [torch.float32, torch.bfloat16]
 
 
-@pytest.fixture(params=LEVELS, ids=lambda level: native.LEVELS[level])
+@pytest.fixture(params=range(len(LEVELS)), ids=LEVELS)
 def level(request):
     """The instruction set in use."""
     core = native.library()
     assert core.wr_use(request.param) == request.param
     yield request.param
-    core.wr_use(len(native.LEVELS))
+    core.wr_use(len(LEVELS))
 
 
 def restored(weight, dtype: torch.dtype) -> torch.Tensor:
@@ -52,10 +52,10 @@ def test_instruction_sets_agree_on_whole_numbers():
     weight.scales.fill_(0.5)
     x = torch.randint(-8, 8, (5, 768)).float()
     answers = []
-    for level in LEVELS:
+    for level in range(len(LEVELS)):
         native.library().wr_use(level)
         answers.append(matmul_of(cpu, weight, torch.float32)(x))
-    native.library().wr_use(len(native.LEVELS))
+    native.library().wr_use(len(LEVELS))
     assert all(torch.equal(answer, x @ weight.dequantize().T) for answer in answers)
 
 

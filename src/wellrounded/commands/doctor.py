@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "cpu": getattr(torch.backends.cpu, "get_cpu_capability", lambda: "unknown")(),
-        "native": native.level() or native.missing(),
+        "native": native.missing() or native.levels()[-1],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
     }

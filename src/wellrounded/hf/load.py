@@ -12,8 +12,8 @@ from .. import kernels
 from ..checkpoint import Reader
 from ..errors import CheckpointError, UsageError
 from ..formats.config import from_config
-from ..model.walk import materialize
 from ..kernels import reference
+from ..model.walk import materialize
 from ..request import NONE, Request
 from . import attention
 from .gptq_config import asking
