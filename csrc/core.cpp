@@ -330,6 +330,7 @@ int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uin
     if (!good || depth <= 0 || depth % 32 || heads % kv_heads) return -1;
     const AttentionKernel *kernel = kernels().attention;
     if (!kernel) return 1;
+    if (causal) keys = std::min(keys, queries);  // nobody sees the rest
     Attention a{q, k, v, mask, out, heads, kv_heads, queries, keys, depth, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7],
                 s[8], s[9], s[10], scale, causal != 0, nullptr};
     int64_t tiles = kernel->tiles(a), units = batch * heads * (tiles ? tiles : queries);

@@ -1,17 +1,27 @@
 """Everything transformers offers to write text with a model, on packed weights: the same text as on dense ones."""
 
 import asyncio
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
-from transformers import AsyncTextIteratorStreamer, AutoModelForCausalLM, AutoTokenizer, CompileConfig, pipeline
+from transformers import (
+    AsyncTextIteratorStreamer,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    CompileConfig,
+    LlamaForCausalLM,
+    pipeline,
+)
 from transformers.generation.streamers import TextIteratorStreamer, TextStreamer
 
 import tiny
 import wellrounded as wr
+from wellrounded.errors import UsageError
+from wellrounded.hf import compiling
 from wellrounded.nn import QuantLinear
 
 PROMPTS = ["The quick", "A model reads tokens, and every token is a row", "fox"]
@@ -204,3 +214,34 @@ def test_an_exported_model_is_stored_loaded_and_takes_other_shapes(quantized, tm
     for tokens in (tiny.ids(2, length=9), tiny.ids(4, length=30)):
         found = program.module()(input_ids=tokens, use_cache=False).logits
         assert torch.equal(found, tiny.logits(model, tokens))
+
+
+# ---- compile=True ----
+
+
+@pytest.mark.skipif(not any(map(shutil.which, compiling.COMPILERS)), reason="no C++ compiler")
+def test_compiled_steps_write_what_the_others_write(quantized, model, tokenizer, fresh_dynamo, tmp_path):
+    compiled = wr.load(quantized, dtype=torch.float32, compile=True, cache_length=128)
+    for prompt in (PROMPTS[0], PROMPTS[1]):
+        assert written(compiled, tokenizer, prompt) == written(model, tokenizer, prompt)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert compiled._previous_max_cache_length == 128
+    compiled.save_pretrained(tmp_path / "saved")
+    assert "static" not in (tmp_path / "saved" / "generation_config.json").read_text()
+    assert compiled.generation_config.cache_implementation == "static"
+
+
+def test_what_cannot_be_compiled_is_said_at_once(quantized, monkeypatch):
+    for wish, message in (
+        ({"compile": True, "cache_length": 10_000}, "cache_length=10000 was asked for; this model can use 1 to 256"),
+        ({"compile": True, "cache_length": 0}, "this model can use 1 to 256"),
+        ({"cache_length": 64}, "cache_length=64 was asked for without compile=True"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            wr.load(quantized, **wish)
+    with monkeypatch.context() as patch, pytest.raises(UsageError, match="LlamaForCausalLM cannot be compiled as a"):
+        patch.setattr(LlamaForCausalLM, "_can_compile_fullgraph", False)
+        wr.load(quantized, compile=True)
+    monkeypatch.setattr(compiling.shutil, "which", lambda name: None)
+    with pytest.raises(UsageError, match=r"compile=True needs a C\+\+ compiler"):
+        wr.load(quantized, compile=True)

@@ -189,6 +189,7 @@ def _chat(verbs: Any) -> None:
         help="0 always takes the likeliest token (default)",
     )
     verb.add_argument("--kernel", metavar="NAME", help="use this kernel or fail (see doctor)")
+    verb.add_argument("--compile", action="store_true", help="compile first, for half a minute, and answer faster")
 
 
 def _inspect(verbs: Any) -> None:

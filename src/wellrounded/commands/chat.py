@@ -17,7 +17,9 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
 
-    model, tokenizer = load_with_tokenizer(args.model, kernel=args.kernel, trust_remote_code=args.trust_remote_code)
+    model, tokenizer = load_with_tokenizer(
+        args.model, kernel=args.kernel, compile=args.compile, trust_remote_code=args.trust_remote_code
+    )
     if tokenizer is None:
         raise UsageError(f"{args.model}: has no tokenizer, so it cannot chat")
     raw = args.raw or not getattr(tokenizer, "chat_template", None)

@@ -16,6 +16,7 @@ from ..kernels import reference
 from ..model.walk import materialize
 from ..request import NONE, Request
 from . import attention
+from .compiling import compile_steps
 from .gptq_config import asking
 from .quantizer import Quantizer
 from .register import register
@@ -36,6 +37,8 @@ def load(
     max_memory: dict | None = None,
     dtype: torch.dtype | str = "auto",
     kernel: str | None = None,
+    compile: bool = False,
+    cache_length: int | None = None,
     trust_remote_code: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
@@ -45,6 +48,8 @@ def load(
                             `load_in_4bit` and `load_in_8bit` are short for bits=4 and bits=8
     kernel                  the one that every quantized layer must use (see kernels.table), instead of the first that
                             fits each
+    compile                 `generate` compiles its decode step when it is first called, half a minute for a small
+                            model, over a static cache of `cache_length` tokens: 2048, or as many as the model can use
     device_map, max_memory, dtype, options   transformers' own, for `from_pretrained`
 
     It calls `wellrounded.register()`, so that the model is also saved and pushed whole. Raises UsageError if there is
@@ -59,7 +64,7 @@ def load(
         kernels.named(kernel)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        return _from_gguf(path, request, kernel)[0]
+        return _ready(_from_gguf(path, request, kernel)[0], compile, cache_length)
     if request is not None:
         options["quantization_config"] = asking(request, kernel)
     loaded = load_directory(
@@ -73,7 +78,15 @@ def load(
     )
     if kernel != reference.NAME and "attn_implementation" not in options:
         attention.use(loaded)
-    return loaded.eval()
+    return _ready(loaded.eval(), compile, cache_length)
+
+
+def _ready(model: PreTrainedModel, compile: bool, cache_length: int | None) -> PreTrainedModel:
+    if compile:
+        compile_steps(model, cache_length)
+    elif cache_length is not None:
+        raise UsageError(f"cache_length={cache_length} was asked for without compile=True; caches grow as they need")
+    return model
 
 
 def load_directory(
@@ -120,7 +133,8 @@ def load_with_tokenizer(model: str | Path, **options: Any) -> tuple[PreTrainedMo
     """The model as `load` gives it, and its tokenizer (None if there is none)."""
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        return _from_gguf(path, None, options.get("kernel"))
+        loaded, tokenizer = _from_gguf(path, None, options.get("kernel"))
+        return _ready(loaded, options.get("compile", False), options.get("cache_length")), tokenizer
     directory = resolve(str(model))
     return load(directory, **options), load_tokenizer(directory, options.get("trust_remote_code", False))
 

@@ -11,6 +11,7 @@ from typing import Any
 from huggingface_hub import HfApi, ModelCard
 
 from .. import card
+from .compiling import as_stored
 from .quantizer import Quantizer
 
 BESIDE = ("README.md", "quantization_report.json")
@@ -41,11 +42,13 @@ def with_everything(original: Any) -> Any:
     @wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
         if not _is_packed(self):
-            original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
+            with as_stored(self):
+                original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
             return
         names = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision")
         push = {name: kwargs.pop(name) for name in names if name in kwargs}
-        original(self, save_directory, *args, **kwargs)
+        with as_stored(self):
+            original(self, save_directory, *args, **kwargs)
         directory = Path(save_directory)
         write_beside(self, directory)
         if push_to_hub:
