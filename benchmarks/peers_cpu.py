@@ -1,0 +1,347 @@
+"""The same model in wellrounded, GPTQModel and llama.cpp on this CPU, in turn, each in a process of its own.
+
+    python benchmarks/peers_cpu.py run MODEL --gguf FILE [--llama PYTHON] [--gptqmodel PYTHON] [--rounds 3]
+    python benchmarks/peers_cpu.py run 1b|7b [--llama PYTHON]            a Llama of that shape with random weights
+    python benchmarks/peers_cpu.py quantize MODEL --text FILE --gptqmodel PYTHON
+
+MODEL is a dense directory; it is quantized with 4 bits and groups of 64 (random shapes: 32, as Q4_0 has). PYTHON are
+the interpreters of environments with llama-cpp-python and with gptqmodel; a peer without one is left out. --gguf is any
+file that llama.cpp can requantize to Q4_0. Prints a Markdown table of medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+PROMPT, NEW, WINDOWS, LENGTH = 512, 64, 128, 512
+BACKENDS = ("GPTQ_TORCH_FUSED", "GPTQ_TORCH_INT8", "GPTQ_TORCH_ATEN", "GPTQ_TORCH")  # of GPTQModel, on a CPU
+SHAPES = {  # hidden, intermediate, blocks, heads, kv heads, vocabulary, and whether the head is the embedding
+    "1b": (2048, 8192, 16, 32, 8, 128256, True),
+    "7b": (4096, 11008, 32, 32, 32, 32000, False),
+    "tiny": (256, 512, 2, 4, 2, 512, True),
+}
+
+
+class Stamps:
+    """A streamer that notes when tokens come: first the prompt, then one after another."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, value: Any) -> None:
+        """Called by `generate` with the prompt, then with each token."""
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Called by `generate` at last."""
+
+
+def by_generate(model: Any) -> dict[str, float]:
+    """Rates of prefill and greedy decoding under transformers' `generate`, after one call to warm up."""
+    import torch
+
+    ids = torch.randint(10, min(model.config.vocab_size, 30000), (1, PROMPT))
+    model.generation_config.eos_token_id = None
+    for _ in range(2):
+        stamps, started = Stamps(), time.perf_counter()
+        with torch.no_grad():
+            model.generate(
+                input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NEW,
+                pad_token_id=0, streamer=stamps,
+            )  # fmt: skip
+    first, *_, last = stamps.times[1:]
+    return {"prefill": PROMPT / (first - started), "decode": (NEW - 1) / (last - first)}
+
+
+# ---- one measurement each, in the peer's own process ----
+
+
+def wellrounded(model: str, compile: bool = False) -> dict[str, float]:
+    """This engine."""
+    import wellrounded as wr
+
+    return by_generate(wr.load(model, compile=compile, **({"cache_length": 1024} if compile else {})))
+
+
+def dense(model: str) -> dict[str, float]:
+    """The dense model in bfloat16, by transformers alone."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    return by_generate(AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16))
+
+
+def gptqmodel(model: str, backend: str) -> dict[str, float]:
+    """GPTQModel with one of its kernels."""
+    from gptqmodel import BACKEND, GPTQModel
+
+    return by_generate(GPTQModel.load(model, device="cpu", backend=BACKEND[backend]).model)
+
+
+def llama(file: str) -> dict[str, float]:
+    """llama.cpp, its evaluation alone: no sampling, no text."""
+    import llama_cpp
+
+    threads = len(os.sched_getaffinity(0))
+    model = llama_cpp.Llama(file, n_ctx=1024, n_batch=PROMPT, n_threads=threads, n_threads_batch=threads, verbose=False)
+    for _ in range(2):
+        model.reset()
+        started = time.perf_counter()
+        model.eval(list(range(10, 10 + PROMPT)))
+        first = time.perf_counter()
+        for token in range(NEW - 1):
+            model.eval([500 + token % 10])
+        last = time.perf_counter()
+    return {"prefill": PROMPT / (first - started), "decode": (NEW - 1) / (last - first)}
+
+
+def requantize(source: str, target: str) -> dict[str, float]:
+    """A Q4_0 file from any other, by llama.cpp."""
+    import llama_cpp
+
+    wish = llama_cpp.llama_model_quantize_default_params()
+    wish.ftype, wish.allow_requantize = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_0, True
+    failed = llama_cpp.llama_model_quantize(source.encode(), target.encode(), ctypes.byref(wish))
+    return {"failed": failed}
+
+
+def quantize_ours(model: str, text: str, out: str) -> dict[str, float]:
+    """Seconds of `wellrounded.quantize`, reading and writing included."""
+    import wellrounded as wr
+
+    started = time.perf_counter()
+    wr.quantize(model, out, bits=4, group_size=64, calibration=text, samples=WINDOWS, length=LENGTH)
+    return {"seconds": time.perf_counter() - started}
+
+
+def quantize_gptqmodel(model: str, text: str, out: str) -> dict[str, float]:
+    """Seconds of GPTQModel's load, quantize and save with its defaults, on as many windows of the same text."""
+    from gptqmodel import GPTQModel, QuantizeConfig
+    from transformers import AutoTokenizer
+
+    tokens = AutoTokenizer.from_pretrained(model)(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    starts = [i * (len(tokens) - LENGTH) // (WINDOWS - 1) for i in range(WINDOWS)]
+    windows = [{"input_ids": tokens[s : s + LENGTH], "attention_mask": [1] * LENGTH} for s in starts]
+    started = time.perf_counter()
+    quantizer = GPTQModel.load(model, QuantizeConfig(bits=4, group_size=64), device="cpu")
+    quantizer.quantize(windows, batch_size=8)
+    quantizer.save(out)
+    return {"seconds": time.perf_counter() - started}
+
+
+# ---- random models of a shape ----
+
+
+def random_checkpoint(shape: str, out: Path) -> None:
+    """A GPTQ checkpoint of random codes, 4 bits in groups of 32, written tensor by tensor."""
+    import torch
+    from safetensors.torch import save_file
+    from transformers import LlamaConfig
+
+    from wellrounded.core.recipe import Recipe
+    from wellrounded.core.scheme import Scheme
+    from wellrounded.formats import config as config_format
+    from wellrounded.formats import gptq as gptq_format
+
+    hidden, inner, blocks, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    config = LlamaConfig(
+        hidden_size=hidden, intermediate_size=inner, num_hidden_layers=blocks, num_attention_heads=heads,
+        num_key_value_heads=kv_heads, vocab_size=vocabulary, tie_word_embeddings=tied, max_position_embeddings=4096,
+        architectures=["LlamaForCausalLM"], dtype="bfloat16",
+    )  # fmt: skip
+    scheme, kv = Scheme(4, 32), hidden // heads * kv_heads
+    tensors = {"model.embed_tokens.weight": torch.randn(vocabulary, hidden).bfloat16() * 0.02}
+    if not tied:
+        tensors["lm_head.weight"] = torch.randn(vocabulary, hidden).bfloat16() * 0.02
+    tensors["model.norm.weight"] = torch.ones(hidden).bfloat16()
+    for block in range(blocks):
+        start = f"model.layers.{block}."
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            tensors[f"{start}{norm}.weight"] = torch.ones(hidden).bfloat16()
+        for name, (outputs, inputs) in layers(hidden, inner, kv).items():
+            for key, (size, dtype) in gptq_format.layout(scheme, inputs, outputs).items():
+                tensors[f"{start}{name}.{key}"] = _random(key, size, dtype, inputs)
+    out.mkdir()
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    stored = {**config.to_dict(), "quantization_config": config_format.to_config(Recipe(scheme), "gptq")}
+    (out / "config.json").write_text(json.dumps(stored))
+
+
+def layers(hidden: int, inner: int, kv: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of a Llama block: (outputs, inputs)."""
+    attention = {"q": (hidden, hidden), "k": (kv, hidden), "v": (kv, hidden), "o": (hidden, hidden)}
+    mlp = {"gate": (inner, hidden), "up": (inner, hidden), "down": (hidden, inner)}
+    return {
+        **{f"self_attn.{name}_proj": size for name, size in attention.items()},
+        **{f"mlp.{name}_proj": size for name, size in mlp.items()},
+    }
+
+
+def _random(key: str, size: tuple[int, ...], dtype: Any, inputs: int) -> Any:
+    import torch
+
+    if key == "g_idx":
+        return (torch.arange(inputs) // 32).to(dtype)
+    if key == "scales":
+        return torch.full(size, 0.2 / inputs**0.5, dtype=dtype)
+    if key == "qzeros":
+        return torch.full(size, 0x77777777, dtype=dtype)  # as v1 stores the middle
+    return torch.randint(-(2**31), 2**31, size, dtype=torch.int64).to(dtype)
+
+
+def random_gguf(shape: str, out: Path) -> None:
+    """The same shape as llama.cpp has it after quantizing to Q4_0: Q6_K for the head, which may be the embedding."""
+    import gguf
+    import numpy as np
+
+    hidden, inner, blocks, heads, kv_heads, vocabulary, tied = SHAPES[shape]
+    writer, random = gguf.GGUFWriter(out, "llama"), np.random.default_rng(0)
+    writer.add_block_count(blocks)
+    writer.add_context_length(4096)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(inner)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("no_vocab")
+    q4, q6 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q6_K
+
+    def add(name: str, outputs: int, inputs: int, kind: Any) -> None:
+        weights, size = gguf.GGML_QUANT_SIZES[kind]
+        data = random.integers(0, 256, (outputs, inputs // weights, size), dtype=np.uint8)
+        at = 0 if kind == q4 else size - 2  # where a scale stands; a random one may be no number
+        scale = np.array([0.2 / inputs**0.5 / (1 if kind == q4 else 100)], dtype=np.float16).view(np.uint8)
+        data[..., at : at + 2] = scale
+        writer.add_tensor(name, data.reshape(outputs, -1), raw_dtype=kind)
+
+    add("token_embd.weight", vocabulary, hidden, q6 if tied else q4)
+    if not tied:
+        add("output.weight", vocabulary, hidden, q6)
+    writer.add_tensor("output_norm.weight", np.ones(hidden, dtype=np.float32))
+    names = {"q": "attn_q", "k": "attn_k", "v": "attn_v", "o": "attn_output"}
+    names |= {name: f"ffn_{name}" for name in ("gate", "up", "down")}
+    for block in range(blocks):
+        for norm in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{block}.{norm}.weight", np.ones(hidden, dtype=np.float32))
+        for name, (outputs, inputs) in layers(hidden, inner, hidden // heads * kv_heads).items():
+            short = name.split(".")[1].removesuffix("_proj")
+            add(f"blk.{block}.{names[short]}.weight", outputs, inputs, q4)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+# ---- the comparison ----
+
+
+def apart(python: str, function: str, *arguments: object) -> dict[str, float] | str:
+    """What a function of this file returns in another process, or the last line of its complaint."""
+    command = [
+        python,
+        __file__,
+        "worker",
+        function,
+        json.dumps([str(a) if isinstance(a, Path) else a for a in arguments]),
+    ]
+    environment = {"GPTQMODEL_CPU_WORKERS": "2", **os.environ}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    if done.returncode:
+        lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
+        return lines[-1] if lines else f"ended with {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compare(contestants: dict[str, tuple], rounds: int) -> None:
+    """Runs them in turn, and prints the medians; who fails once is out."""
+    found: dict[str, list[dict[str, float]]] = {name: [] for name in contestants}
+    failed: dict[str, str] = {}
+    for _ in range(rounds):
+        for name, call in contestants.items():
+            result = {} if name in failed else apart(*call)
+            if isinstance(result, str):
+                failed[name] = result
+            elif result:
+                found[name].append(result)
+                print(f"{name}: {result}", file=sys.stderr, flush=True)
+    keys = list(next(results[0] for results in found.values() if results))
+    print("| | " + " | ".join(keys) + " | of the first |\n|---|" + "---|" * (len(keys) + 1))
+    first = None
+    for name, results in found.items():
+        if name in failed:
+            print(f"| {name} | " + " | " * len(keys) + f"{failed[name][:80]} |")
+            continue
+        medians = [statistics.median(result[key] for result in results) for key in keys]
+        first = first or medians
+        shares = ", ".join(f"{value / other:.2f}x" for value, other in zip(medians, first))
+        print(f"| {name} | " + " | ".join(f"{value:.1f}" for value in medians) + f" | {shares} |", flush=True)
+
+
+def run(args: argparse.Namespace, scratch: Path) -> None:
+    """Prefill and decode, tokens per second."""
+    here, ours = sys.executable, scratch / "ours"
+    contestants: dict[str, tuple] = {}
+    if args.model in SHAPES:
+        random_checkpoint(args.model, ours)
+        file = scratch / "random.gguf" if args.llama else None
+        if file:
+            random_gguf(args.model, file)
+    else:
+        import wellrounded as wr
+
+        contestants["dense bfloat16"] = (here, "dense", args.model)
+        wr.quantize(args.model, ours, bits=4, group_size=64, calibration="none")
+        file = scratch / "q4_0.gguf" if args.llama and args.gguf else None
+        if file and (problem := apart(args.llama, "requantize", args.gguf, file)) != {"failed": 0}:
+            sys.exit(f"llama.cpp cannot requantize {args.gguf}: {problem}")
+    contestants["wellrounded"] = (here, "wellrounded", ours)
+    contestants["wellrounded, compiled"] = (here, "wellrounded", ours, True)
+    if args.gptqmodel:
+        contestants |= {f"GPTQModel, {name}": (args.gptqmodel, "gptqmodel", ours, name) for name in BACKENDS}
+    if file:
+        contestants["llama.cpp, Q4_0"] = (args.llama, "llama", file)
+    compare(contestants, args.rounds)
+
+
+def quantize(args: argparse.Namespace, scratch: Path) -> None:
+    """Seconds to quantize 128 windows of 512 tokens, 4 bits in groups of 64."""
+    contestants = {"wellrounded": (sys.executable, "quantize_ours", args.model, args.text, scratch / "ours")}
+    if args.gptqmodel:
+        contestants["GPTQModel"] = (args.gptqmodel, "quantize_gptqmodel", args.model, args.text, scratch / "theirs")
+    compare(contestants, 1)
+
+
+def main() -> None:
+    """Read the command line."""
+    if sys.argv[1:2] == ["worker"]:
+        print("\n" + json.dumps(globals()[sys.argv[2]](*json.loads(sys.argv[3]))))
+        return
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["run", "quantize"])
+    parser.add_argument("model")
+    parser.add_argument("--gguf", help="the same model, for llama.cpp")
+    parser.add_argument("--text", help="to calibrate on")
+    parser.add_argument("--llama", metavar="PYTHON")
+    parser.add_argument("--gptqmodel", metavar="PYTHON")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args()
+    if args.what == "quantize" and not args.text:
+        parser.error("quantize needs --text")
+    with tempfile.TemporaryDirectory() as scratch:
+        {"run": run, "quantize": quantize}[args.what](args, Path(scratch))
+
+
+if __name__ == "__main__":
+    main()
