@@ -249,15 +249,11 @@ def random_gguf(shape: str, out: Path) -> None:
 
 def apart(python: str, function: str, *arguments: object) -> dict[str, float] | str:
     """What a function of this file returns in another process, or the last line of its complaint."""
-    command = [
-        python,
-        __file__,
-        "worker",
-        function,
-        json.dumps([str(a) if isinstance(a, Path) else a for a in arguments]),
-    ]
+    plain = [str(a) if isinstance(a, Path) else a for a in arguments]
+    command = [python, str(Path(__file__).resolve()), "worker", function, json.dumps(plain)]
     environment = {"GPTQMODEL_CPU_WORKERS": "2", **os.environ}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    # Some leave files where they are started.
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tempfile.gettempdir())
     if done.returncode:
         lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
         return lines[-1] if lines else f"ended with {done.returncode}"
@@ -337,6 +333,9 @@ def main() -> None:
     parser.add_argument("--gptqmodel", metavar="PYTHON")
     parser.add_argument("--rounds", type=int, default=3)
     args = parser.parse_args()
+    for name in ("gguf", "text", *(() if args.model in SHAPES else ("model",))):
+        if path := getattr(args, name):
+            setattr(args, name, str(Path(path).resolve()))
     if args.what == "quantize" and not args.text:
         parser.error("quantize needs --text")
     with tempfile.TemporaryDirectory() as scratch:

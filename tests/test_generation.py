@@ -216,6 +216,34 @@ def test_an_exported_model_is_stored_loaded_and_takes_other_shapes(quantized, tm
         assert torch.equal(found, tiny.logits(model, tokens))
 
 
+# ---- head_bits ----
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])  # the second one's is tied to its embedding
+def test_a_packed_head_gives_nearly_the_same_logits(kind, tmp_path):
+    directory = tiny.save(tiny.build(kind), tmp_path / kind)
+    whole, packed = wr.load(directory), wr.load(directory, head_bits=8)
+    head = packed.get_output_embeddings()
+    assert isinstance(head, QuantLinear) and str(head.scheme) == "8-bit g64 sym"
+    step = 2 * whole.get_output_embeddings().weight.abs().max() / 255
+    with torch.no_grad():
+        hidden = whole.base_model(tiny.ids(2)).last_hidden_state
+        off = (packed(tiny.ids(2)).logits - whole(tiny.ids(2)).logits).abs()
+    assert 0 < off.max() and (off <= step * hidden.abs().sum(-1, keepdim=True)).all()
+    assert torch.equal(packed.get_input_embeddings().weight, whole.get_input_embeddings().weight)
+    with pytest.raises(UsageError, match="loaded with head_bits cannot be saved"):
+        packed.save_pretrained(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_that_cannot_be_packed_is_named(tmp_path):
+    odd = tiny.save(tiny.build("llama", vocab_size=321), tmp_path / "odd")
+    with pytest.raises(UsageError, match="head_bits=8 was asked for, but 8-bit packing needs outputs"):
+        wr.load(odd, head_bits=8)
+    with pytest.raises(UsageError, match="bits"):
+        wr.load(odd, head_bits=5)
+
+
 # ---- compile=True ----
 
 

@@ -18,6 +18,7 @@ from ..request import NONE, Request
 from . import attention
 from .compiling import compile_steps
 from .gptq_config import asking
+from .head import pack_head
 from .quantizer import Quantizer
 from .register import register
 from .source import download, load_config, load_tokenizer, open_source, refuse_gaps
@@ -37,6 +38,7 @@ def load(
     max_memory: dict | None = None,
     dtype: torch.dtype | str = "auto",
     kernel: str | None = None,
+    head_bits: int | None = None,
     compile: bool = False,
     cache_length: int | None = None,
     trust_remote_code: bool = False,
@@ -48,6 +50,8 @@ def load(
                             `load_in_4bit` and `load_in_8bit` are short for bits=4 and bits=8
     kernel                  the one that every quantized layer must use (see kernels.table), instead of the first that
                             fits each
+    head_bits               pack the output head too, while loading: of a small model it is the largest matrix, and 8
+                            bits change next to nothing (docs/generation.md); such a model cannot be saved
     compile                 `generate` compiles its decode step when it is first called, half a minute for a small
                             model, over a static cache of `cache_length` tokens: 2048, or as many as the model can use
     device_map, max_memory, dtype, options   transformers' own, for `from_pretrained`
@@ -64,7 +68,7 @@ def load(
         kernels.named(kernel)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
-        return _ready(_from_gguf(path, request, kernel)[0], compile, cache_length)
+        return _ready(_from_gguf(path, request, kernel)[0], head_bits, compile, cache_length)
     if request is not None:
         options["quantization_config"] = asking(request, kernel)
     loaded = load_directory(
@@ -78,10 +82,12 @@ def load(
     )
     if kernel != reference.NAME and "attn_implementation" not in options:
         attention.use(loaded)
-    return _ready(loaded.eval(), compile, cache_length)
+    return _ready(loaded.eval(), head_bits, compile, cache_length)
 
 
-def _ready(model: PreTrainedModel, compile: bool, cache_length: int | None) -> PreTrainedModel:
+def _ready(model: PreTrainedModel, head_bits: int | None, compile: bool, cache_length: int | None) -> PreTrainedModel:
+    if head_bits is not None:
+        pack_head(model, head_bits)
     if compile:
         compile_steps(model, cache_length)
     elif cache_length is not None:
@@ -134,7 +140,8 @@ def load_with_tokenizer(model: str | Path, **options: Any) -> tuple[PreTrainedMo
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         loaded, tokenizer = _from_gguf(path, None, options.get("kernel"))
-        return _ready(loaded, options.get("compile", False), options.get("cache_length")), tokenizer
+        last = (options.get("head_bits"), options.get("compile", False), options.get("cache_length"))
+        return _ready(loaded, *last), tokenizer
     directory = resolve(str(model))
     return load(directory, **options), load_tokenizer(directory, options.get("trust_remote_code", False))
 

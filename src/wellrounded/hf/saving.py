@@ -12,6 +12,7 @@ from huggingface_hub import HfApi, ModelCard
 
 from .. import card
 from .compiling import as_stored
+from .head import refuse_saving
 from .quantizer import Quantizer
 
 BESIDE = ("README.md", "quantization_report.json")
@@ -41,6 +42,7 @@ def with_everything(original: Any) -> Any:
 
     @wraps(original)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, push_to_hub: bool = False, **kwargs: Any) -> None:
+        refuse_saving(self)
         if not _is_packed(self):
             with as_stored(self):
                 original(self, save_directory, *args, push_to_hub=push_to_hub, **kwargs)
