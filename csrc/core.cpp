@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <initializer_list>
 #include <vector>
 
 #include "internal.h"
@@ -147,15 +148,22 @@ Inputs ready(const Layer &layer, const void *x, int64_t rows, int dtype, const K
 
 int64_t aligned(int64_t bytes) { return (bytes + WR_ALIGNMENT - 1) / WR_ALIGNMENT * WR_ALIGNMENT; }
 
-bool sane(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width) {
-    bool known = bits == 2 || bits == 3 || bits == 4 || bits == 8;
-    return known && outputs > 0 && inputs > 0 && groups > 0 && groups <= inputs && width > 0 && width <= inputs;
+constexpr int64_t MOST = int64_t(1) << 40;  // numbers in an array: what is made of fewer is counted without overflow
+
+// Whether an array of these sizes, none of them negative, can be.
+bool fits(std::initializer_list<int64_t> sizes) {
+    int64_t numbers = 1;
+    for (int64_t size : sizes) {
+        if (size > MOST / numbers) return false;
+        numbers *= std::max<int64_t>(size, 1);
+    }
+    return true;
 }
 
-bool usable(const void *block) {
-    auto h = static_cast<const wr_header *>(block);
-    return block && reinterpret_cast<uintptr_t>(block) % 8 == 0 && h->magic == WR_MAGIC &&
-           sane(h->outputs, h->inputs, h->bits, h->groups, 1) && h->width > 0;
+bool sane(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width) {
+    bool known = bits == 2 || bits == 3 || bits == 4 || bits == 8;
+    bool positive = outputs > 0 && inputs > 0 && inputs <= INT32_MAX && groups > 0 && groups <= inputs;
+    return known && positive && width > 0 && width <= inputs && fits({outputs, groups, width}) && groups * width >= inputs;
 }
 
 wr_header lay_out(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width, bool has_zeros,
@@ -171,6 +179,18 @@ wr_header lay_out(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups,
     h.codes = at;
     h.bytes = at + tiles * groups * (h.width / unit) * Layer::planes_of(bits) * 64;
     return h;
+}
+
+bool placed(const void *block) { return block && reinterpret_cast<uintptr_t>(block) % 8 == 0; }
+
+// Whether its header is what wr_pack writes for some layer.
+bool usable(const void *block) {
+    auto h = static_cast<const wr_header *>(block);
+    if (!placed(block) || h->magic != WR_MAGIC) return false;
+    if (!sane(h->outputs, h->inputs, h->bits, h->groups, std::min(h->width, h->inputs))) return false;
+    if (h->width > h->inputs + 31) return false;  // padded by less than the largest unit
+    wr_header whole = lay_out(h->outputs, h->inputs, h->bits, h->groups, h->width, h->zeros, h->columns);
+    return (h->columns || h->groups * h->width == h->inputs) && !std::memcmp(h, &whole, sizeof whole);
 }
 
 void put(uint16_t *unit, int64_t bits, int n, int64_t k, int code) {
@@ -219,7 +239,7 @@ int64_t wr_bytes(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, 
 
 int wr_pack(void *block, int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width,
             const uint8_t *codes, const uint16_t *scales, const uint8_t *zeros, const int32_t *group) {
-    if (!block || !codes || !scales || !sane(outputs, inputs, bits, groups, width)) return -1;
+    if (!placed(block) || !codes || !scales || !sane(outputs, inputs, bits, groups, width)) return -1;
     wr_header h = lay_out(outputs, inputs, bits, groups, width, zeros, true);
     bool in_order = !group && h.groups * h.width == inputs;
     h = lay_out(outputs, inputs, bits, groups, width, zeros, !in_order);
@@ -260,6 +280,7 @@ int wr_matmul(const void *block, const void *x, void *y, int64_t rows, int dtype
     if (!usable(block) || !x || !y || rows < 0 || (dtype != WR_FLOAT32 && dtype != WR_BFLOAT16)) return -1;
     static thread_local Scratch scratch;
     Layer layer(block);
+    if (!fits({rows, layer.padded}) || !fits({rows, layer.h->outputs})) return -1;
     const Kernels &k = kernels();
     Inputs in = ready(layer, x, rows, dtype, k, scratch);
     deal_out(layer.tiles, layer.h->bytes,
@@ -284,7 +305,7 @@ int wr_restore(const void *block, void *w, int dtype, int64_t begin, int64_t end
 int wr_search(const float *weight, const float *energy, int64_t rows, int64_t groups, int64_t width, int64_t bits,
               int symmetric, const float *shares, int64_t count, float *scales, float *zeros) {
     bool good = weight && energy && scales && zeros && (shares || !count) && rows > 0 && groups > 0 && width > 0;
-    if (!good || count < 0 || bits < 2 || bits > 8) return -1;
+    if (!good || count < 0 || count > 1 << 20 || bits < 2 || bits > 8 || !fits({rows, groups, width})) return -1;
     Search job{weight, energy, groups, width, bits, symmetric != 0, shares, count, scales, zeros};
     const Kernels &k = kernels();
     deal_out(rows, rows * groups * width * 4 * (count + 1), [&](int64_t begin, int64_t end) {
@@ -298,6 +319,7 @@ int wr_sweep(const float *weight, float *target, const float *feedback, int64_t 
              const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs) {
     bool good = weight && target && feedback && scales && low && steps && errors;
     if (!good || columns <= 0 || outputs <= 0 || stride < columns) return -1;
+    if (!fits({columns, outputs}) || !fits({columns, stride})) return -1;
     Panel panel{weight, feedback, scales, low, target, steps, errors, most, columns, outputs, stride};
     const Kernels &k = kernels();
     deal_out(outputs, columns * columns * outputs * 2, [&](int64_t begin, int64_t end) { k.sweep(panel, begin, end); });
@@ -308,6 +330,7 @@ int wr_has_bfloat16(void) { return kernels().gram != nullptr; }
 
 int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper) {
     if (!rows || !upper || count < 0 || size <= 0 || stride < size) return -1;
+    if (!fits({count, stride}) || !fits({size, size})) return -1;
     const GramKernel *k = kernels().gram;
     if (!k) return 1;
     constexpr int64_t GRAM_ROWS = 1024;  // what is packed of three panels then fits a core's second cache
@@ -328,13 +351,16 @@ int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uin
               const int64_t *s, float scale, int causal) {
     bool good = q && k && v && out && s && batch > 0 && heads > 0 && kv_heads > 0 && queries > 0 && keys > 0;
     if (!good || depth <= 0 || depth % 32 || heads % kv_heads) return -1;
+    if (!fits({batch, heads, queries, depth}) || !fits({batch, kv_heads, keys, depth})) return -1;
+    if (std::any_of(s, s + 11, [](int64_t stride) { return stride < 0 || stride > MOST; })) return -1;
     const AttentionKernel *kernel = kernels().attention;
     if (!kernel) return 1;
     if (causal) keys = std::min(keys, queries);  // nobody sees the rest
     Attention a{q, k, v, mask, out, heads, kv_heads, queries, keys, depth, s[0], s[1], s[2], s[3], s[4], s[5], s[6], s[7],
                 s[8], s[9], s[10], scale, causal != 0, nullptr};
     int64_t tiles = kernel->tiles(a), units = batch * heads * (tiles ? tiles : queries);
-    int64_t bytes = tiles ? batch * heads * queries * keys * depth / 8 : batch * heads * keys * depth * 4;
+    double work = double(batch) * double(heads) * double(keys) * double(depth) * (tiles ? double(queries) / 8 : 4.0);
+    int64_t bytes = int64_t(std::min(work, double(MOST)));
     if (tiles) {
         static thread_local std::vector<uint32_t> packed;
         packed.resize(batch * kv_heads * kernel->words(a));
