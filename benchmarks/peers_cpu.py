@@ -66,11 +66,11 @@ def by_generate(model: Any) -> dict[str, float]:
 # ---- one measurement each, in the peer's own process ----
 
 
-def wellrounded(model: str, compile: bool = False) -> dict[str, float]:
+def wellrounded(model: str, compile: bool, head_bits: int | None) -> dict[str, float]:
     """This engine."""
     import wellrounded as wr
 
-    return by_generate(wr.load(model, compile=compile, **({"cache_length": 1024} if compile else {})))
+    return by_generate(wr.load(model, compile=compile, head_bits=head_bits))
 
 
 def dense(model: str) -> dict[str, float]:
@@ -302,9 +302,10 @@ def run(args: argparse.Namespace, scratch: Path) -> None:
         file = scratch / "q4_0.gguf" if args.llama and args.gguf else None
         if file and (problem := apart(args.llama, "requantize", args.gguf, file)) != {"failed": 0}:
             sys.exit(f"llama.cpp cannot requantize {args.gguf}: {problem}")
-    contestants["wellrounded"] = (here, "wellrounded", ours)
-    contestants["wellrounded, compiled"] = (here, "wellrounded", ours, True)
-    if args.gptqmodel:
+    contestants["wellrounded"] = (here, "wellrounded", ours, False, None)
+    contestants["wellrounded, compiled"] = (here, "wellrounded", ours, True, None)
+    contestants["wellrounded, compiled, head of 8 bits"] = (here, "wellrounded", ours, True, 8)
+    if args.gptqmodel and args.model not in SHAPES:
         contestants |= {f"GPTQModel, {name}": (args.gptqmodel, "gptqmodel", ours, name) for name in BACKENDS}
     if file:
         contestants["llama.cpp, Q4_0"] = (args.llama, "llama", file)

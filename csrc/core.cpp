@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <initializer_list>
 #include <vector>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include "internal.h"
 
@@ -274,6 +277,17 @@ int wr_pack(void *block, int64_t outputs, int64_t inputs, int64_t bits, int64_t 
     };
     deal_out(layer.tiles, h.bytes, pack);
     return 0;
+}
+
+void wr_large_pages(void *memory, int64_t bytes) {
+#if defined(__linux__)
+    constexpr uintptr_t PAGE = 2 << 20;
+    uintptr_t start = reinterpret_cast<uintptr_t>(memory), begin = (start + PAGE - 1) / PAGE * PAGE;
+    uintptr_t end = bytes > 0 ? (start + uintptr_t(bytes)) / PAGE * PAGE : 0;
+    if (memory && begin < end) madvise(reinterpret_cast<void *>(begin), end - begin, MADV_HUGEPAGE);
+#else
+    (void)memory, (void)bytes;
+#endif
 }
 
 int wr_matmul(const void *block, const void *x, void *y, int64_t rows, int dtype) {

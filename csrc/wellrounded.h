@@ -47,7 +47,7 @@ typedef struct {
 } wr_header;
 
 /* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. */
-enum { WR_ABI = 3 };
+enum { WR_ABI = 4 };
 WR_API int wr_abi(void);
 
 /* The best instruction set of this machine, and the one in use: at most `level` after wr_use. */
@@ -63,6 +63,10 @@ WR_API void wr_threads(void *parallel, void *thread_number, void *most);
 /* Bytes of a packed layer, 0 if no layer can have these numbers. `width` is the largest number of inputs in a group. */
 WR_API int64_t wr_bytes(int64_t outputs, int64_t inputs, int64_t bits, int64_t groups, int64_t width, int has_zeros,
                  int has_columns);
+
+/* Asks for pages of 2 MB for memory that nothing was written to yet, where an operating system can be asked: reading
+ * through pages of 4 kB waits for their addresses, a quarter of the time. */
+WR_API void wr_large_pages(void *memory, int64_t bytes);
 
 /* Packs codes [outputs][inputs], scales [outputs][groups] float16, zeros [outputs][groups] (or null: all 2^(bits-1))
  * and the group of each input, ascending within a group; `group` null means inputs in order, `width` to a group.

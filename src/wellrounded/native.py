@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = 3  # of csrc/wellrounded.h
+ABI = 4  # of csrc/wellrounded.h
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -39,6 +39,8 @@ def library() -> ctypes.CDLL | None:
     core.wr_threads.argtypes = [pointer] * 3
     core.wr_bytes.argtypes = [number] * 5 + [ctypes.c_int] * 2
     core.wr_bytes.restype = number
+    core.wr_large_pages.argtypes = [pointer, number]
+    core.wr_large_pages.restype = None
     core.wr_pack.argtypes = [pointer, *[number] * 5, *[pointer] * 4]
     core.wr_matmul.argtypes = [pointer, pointer, pointer, number, ctypes.c_int]
     core.wr_restore.argtypes = [pointer, pointer, ctypes.c_int, number, number]
@@ -72,6 +74,13 @@ def serves(*tensors: torch.Tensor) -> bool:
 
     plain = all(t.device.type == "cpu" and t.dtype == torch.float32 and t.is_contiguous() for t in tensors)
     return plain and library() is not None
+
+
+def on_large_pages(tensor: torch.Tensor) -> torch.Tensor:
+    """The same tensor, still to be written, on pages of 2 MB where there is a core that can ask for them."""
+    if tensor.device.type == "cpu" and (core := library()):
+        core.wr_large_pages(tensor.data_ptr(), tensor.nbytes)
+    return tensor
 
 
 def search(

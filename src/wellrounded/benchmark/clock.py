@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import UsageError
+from ..native import on_large_pages
 
 READ_BYTES = 512 * 2**20
 LEAST = 3  # samples behind a median
@@ -79,7 +80,7 @@ def machine(device: str) -> dict[str, Any]:
 def read_bandwidth(device: str, seconds: float) -> float:
     """Bytes per second that the device reads from its memory: the best product with a large tensor."""
     clock = Clock(device)
-    values = torch.ones(READ_BYTES // 4, device=device)
+    values = on_large_pages(torch.empty(READ_BYTES // 4, device=device)).fill_(1)
     matrix, vector = values.view(-1, 4096), torch.ones(4096, device=device)
     ways = (lambda: values @ values, lambda: matrix @ vector)
     samples = alternate([lambda way=way: clock(way) for way in ways], seconds)  # type: ignore[misc]

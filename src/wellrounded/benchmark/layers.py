@@ -15,6 +15,7 @@ from ..core.scheme import Scheme
 from ..core.weight import QuantizedWeight
 from ..errors import UsageError
 from ..formats import gptq as gptq_format
+from ..native import on_large_pages
 from ..ops import dense_weight
 from ..request import chosen_device
 from .clock import Clock, alternate, machine, read_bandwidth
@@ -72,7 +73,11 @@ def _bytes(tensors: Tensors) -> int:
 def _turns(tensors: Tensors, cold: bool) -> Iterator[Tensors]:
     """The tensors again and again: cold, in so many copies that each has left the caches when its turn comes."""
     count = min(-(-COLD_BYTES // max(_bytes(tensors), 1)), MOST_COPIES) if cold and tensors else 1
-    return itertools.cycle([tensors, *([tensor.clone() for tensor in tensors] for _ in range(count - 1))])
+    return itertools.cycle([[_copy(tensor) for tensor in tensors] for _ in range(count)])
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return on_large_pages(torch.empty_like(tensor)).copy_(tensor)  # every candidate's, as the native core's are anyway
 
 
 def random_weight(outputs: int, inputs: int, scheme: Scheme, device: str) -> QuantizedWeight:

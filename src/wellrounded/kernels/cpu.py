@@ -48,6 +48,7 @@ def prepare(weight: QuantizedWeight, need: Need) -> list[torch.Tensor]:
         width = int(torch.bincount(index.long(), minlength=groups).max())
     shape = (outputs, inputs, bits, groups, min(width, inputs))
     block = torch.empty(core.wr_bytes(*shape, zeros is not None, index is not None), dtype=torch.uint8)
+    native.on_large_pages(block)
     pointers = (t if t is None else t.data_ptr() for t in (codes, scales, zeros, index))
     if core.wr_pack(block.data_ptr(), *shape, *pointers):
         raise RuntimeError(f"the native core cannot pack {weight.scheme} of {outputs} x {inputs}")
