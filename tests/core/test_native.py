@@ -1,5 +1,7 @@
 """The solver's native loops against the torch ones that define them, on every instruction set of this machine."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -156,3 +158,29 @@ def test_other_dtypes_and_places_are_left_to_torch():
         assert not native.add_gram(rows, upper)
     assert not native.add_gram(torch.randn(3, 4).bfloat16(), torch.zeros(4, 4, dtype=torch.float64))
     assert (upper == 0).all()
+
+
+# ---- memory ----
+
+
+def flags_of(address: int) -> list[str]:
+    """What Linux knows of the mapping that holds an address."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        start, _, rest = line.partition("-")
+        if rest and ":" not in start and " " not in start:
+            inside = int(start, 16) <= address < int(rest.split()[0], 16)
+        elif inside and line.startswith("VmFlags:"):
+            return line.split()[1:]
+    return []
+
+
+@pytest.mark.skipif(not Path("/sys/kernel/mm/transparent_hugepage").exists(), reason="this system has no large pages")
+def test_large_pages_are_asked_for_and_the_tensor_stays_what_it_is():
+    tensor = torch.empty(8 * 2**20, dtype=torch.uint8)
+    assert native.on_large_pages(tensor) is tensor and (tensor.fill_(7) == 7).all()
+    assert "hg" in flags_of(tensor.data_ptr() + tensor.nbytes // 2)
+    small, elsewhere = torch.ones(3), torch.empty(2**22, device="meta")
+    assert (
+        native.on_large_pages(small) is small and (small == 1).all() and native.on_large_pages(elsewhere) is elsewhere
+    )
