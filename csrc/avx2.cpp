@@ -78,9 +78,7 @@ const Kernels &avx2() {
                                   {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
                                   {plain[0], plain[1], plain[2], plain[3]},
                                   search,
-                                  sweep,
-                                  nullptr,
-                                  nullptr};
+                                  sweep};
     return table;
 }
 

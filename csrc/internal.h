@@ -114,8 +114,9 @@ struct Kernels {
     Restore restore[4];
     void (*search)(const Search &, int64_t begin, int64_t end, float *scratch);
     void (*sweep)(const Panel &, int64_t begin, int64_t end);
-    const GramKernel *gram;            // these two multiply bfloat16 with bfloat16: null where there is no such product
-    const AttentionKernel *attention;
+    // These two multiply bfloat16 with bfloat16: null where there is no such product.
+    const GramKernel *gram = nullptr;
+    const AttentionKernel *attention = nullptr;
 };
 const Kernels &portable();
 const Kernels &avx2();

@@ -132,9 +132,7 @@ const Kernels &neon() {
                                   {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
                                   {plain[0], plain[1], plain[2], plain[3]},
                                   search,
-                                  sweep,
-                                  nullptr,
-                                  nullptr};
+                                  sweep};
     return table;
 }
 

@@ -53,9 +53,7 @@ const Kernels &portable() {
                                   {multiply<2>, multiply<3>, multiply<4>, multiply<8>},
                                   {restore<2>, restore<3>, restore<4>, restore<8>},
                                   search,
-                                  sweep,
-                                  nullptr,
-                                  nullptr};
+                                  sweep};
     return table;
 }
 
