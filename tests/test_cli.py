@@ -324,7 +324,7 @@ def test_chat_goes_on_until_an_empty_line(run, monkeypatch):
 
 
 def bert(here):
-    BertConfig(hidden_size=64, architectures=["BertForMaskedLM"]).save_pretrained(here / "bert")
+    BertConfig(hidden_size=64, architectures=["MyBert"]).save_pretrained(here / "bert")
 
 
 def pickles(here):
@@ -387,7 +387,7 @@ TEXT = ("--text", "text.txt", "--length", 64)
 WRONG = {
     # what is wrong: (what is there, the command, exit code, what the message says)
     "no such model": (nothing, quantize("nowhere"), 2, r"nowhere: no such directory, and not a hub id \(ORG"),
-    "no causal model": (bert, quantize("bert"), 2, "bert: a 'bert' model fills gaps .* causal language models"),
+    "unknown class": (bert, quantize("bert"), 2, r"a 'bert' model \(MyBert\), which transformers .* cannot build"),
     "pickles": (pickles, quantize("pickles"), 2, r"read from safetensors .* only pytorch_model\.bin; convert"),
     "truncated": (truncated, quantize("truncated"), 1, r"model\.safetensors: .* bytes, its header promises"),
     "out not empty": (occupied, ("quantize", "llama", "-o", "full", *CALIBRATION), 2, "full exists .*choose another"),

@@ -356,13 +356,14 @@ def test_an_unfinished_run_is_no_model(llama, tmp_path):
 # ---- models that are refused ----
 
 
-def test_an_encoder_is_no_causal_language_model(tmp_path):
-    from transformers import BertConfig, T5Config
+@pytest.mark.parametrize("architectures", [None, ["MyOwnModel"]])
+def test_a_configuration_that_names_no_class_is_refused(architectures, tmp_path):
+    from transformers import BertConfig
 
-    for config in (BertConfig(hidden_size=64, num_hidden_layers=1), T5Config()):
-        config.save_pretrained(tmp_path)
-        with pytest.raises(UsageError, match="causal language model"):
-            wr.quantize(tmp_path, tmp_path.with_name("out"))
+    BertConfig(hidden_size=64, num_hidden_layers=1, architectures=architectures).save_pretrained(tmp_path)
+    named = "nothing" if architectures is None else "MyOwnModel"
+    with pytest.raises(UsageError, match=rf"'bert' model \({named}\), which transformers .* cannot build"):
+        wr.quantize(tmp_path, tmp_path.with_name("out"))
 
 
 def test_a_quantized_model_is_not_quantized_again(quantized, tmp_path):

@@ -15,7 +15,9 @@ LEVELS = {
     **dict.fromkeys(["errors", "native"], 0),
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
-    **dict.fromkeys(["nn", "ops", "packed_weight", "checkpoint", "report", "calibration", "card", "memory", "plan"], 3),
+    **dict.fromkeys(
+        ["nn", "ops", "packed_weight", "checkpoint", "report", "calibration", "card", "memory", "plan", "solving"], 3
+    ),
     **dict.fromkeys(["pipeline", "evaluation"], 4),
     **dict.fromkeys(["request"], 5),
     **dict.fromkeys(["hf"], 6),

@@ -1,6 +1,7 @@
 """The whole path: what is quantized is what is stored, what is stored is what runs, and the report tells the truth."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -317,11 +318,15 @@ def test_the_fidelity_is_what_evaluation_finds_on_the_same_windows(llama, quanti
     assert measured["top1_agreement"] == pytest.approx(reported["top1_agreement"], abs=0.02)
 
 
-def test_a_layer_that_no_token_reaches_is_rounded_plainly_and_counts_as_a_problem(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline.BlockWalk, "staged", lambda self, index, stream, names, known: [])
-    report = tiny.quantize(one_block(), tmp_path / "out")
-    assert {layer.fallback for layer in report.layers} == {"no calibration token reached this layer"}
-    assert "100.0% of the quantized weights fell back to plain rounding" in report.problems()
+def test_a_layer_that_no_token_reaches_stays_dense_and_is_a_problem_unless_it_is_ignored(tmp_path):
+    model = one_block()
+    model.model.layers[0].unused = torch.nn.Linear(64, 256, bias=False)
+    report = tiny.quantize(model, tmp_path / "out")
+    (problem,) = report.problems()
+    assert re.match(r"model\.layers\.\*\.unused\.weight, 1\d\.\d% of the model, stayed dense \(no calibration", problem)
+    assert torch.equal(read_all(tmp_path / "out")["model.layers.0.unused.weight"], model.model.layers[0].unused.weight)
+    pattern = re.search("--ignore '(.*)'", problem)[1]
+    assert not tiny.quantize(model, tmp_path / "again", ignore=[pattern]).problems()
 
 
 # ---- again ----
@@ -357,8 +362,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
         tiny.quantize(llama, tmp_path / "out", progress=stop_after(blocks))
     assert not (tmp_path / "out").exists()
     solved = []
-    solve = pipeline.gptq.solve
-    monkeypatch.setattr(pipeline.gptq, "solve", lambda *args: solved.append(1) or solve(*args))
+    solve = pipeline.gptq.solve_stacked
+    monkeypatch.setattr(pipeline.gptq, "solve_stacked", lambda *args: solved.append(1) or solve(*args))
     report = tiny.quantize(llama, tmp_path / "out")
     assert len(solved) == (3 - blocks) * 4, "finished blocks are not solved again"
     assert weight_bytes(tmp_path / "out") == weight_bytes(quantized)
@@ -423,16 +428,11 @@ def test_an_unknown_device_is_refused_before_the_model_is_read(tmp_path):
 
 
 def test_what_the_blocks_hold_besides_linear_layers_is_said_and_fails_the_check(tmp_path):
-    from transformers import MixtralConfig, MixtralForCausalLM
-
-    config = MixtralConfig(
-        hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        num_local_experts=4, vocab_size=300,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
+    model = one_block()
+    model.model.layers[0].mixers = torch.nn.Parameter(torch.randn(4, 64, 64))
     report = tiny.quantize(model, tmp_path / "out")
-    assert report.overlooked > 0.5
-    assert any("three-dimensional" in reason and "experts" in name for name, reason in report.kept.items())
-    assert any("stayed dense without being asked" in problem for problem in report.problems())
-    asked = tiny.quantize(model, tmp_path / "asked", ignore=["experts"])
-    assert asked.overlooked < 0.05 and not asked.problems()
+    assert report.kept == {"model.layers.0.mixers": "a 3-dimensional parameter, not a linear layer"}
+    assert report.overlooked == pytest.approx(4 * 64 * 64 / report.parameters)
+    assert any(re.match(r"model\.layers\.\*\.mixers, .*stayed dense", problem) for problem in report.problems())
+    asked = tiny.quantize(model, tmp_path / "asked", ignore=["mixers"])
+    assert not asked.overlooked and not asked.problems()

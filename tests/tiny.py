@@ -17,6 +17,7 @@ from wellrounded.core.weight import QuantizedWeight
 from wellrounded.formats import config as config_format
 from wellrounded.formats.gptq import from_tensors
 from wellrounded.model.blocks import oriented
+from wellrounded.model.experts import fused_experts
 from wellrounded.report import Report
 
 VOCABULARY = 320
@@ -122,13 +123,24 @@ def stored_weights(out: Path) -> dict[str, QuantizedWeight]:
 def twin(model: PreTrainedModel, out: Path) -> PreTrainedModel:
     """The dense model with the weights that the checkpoint `out` stands for, put in one by one: what `load` must match.
 
-    Layers may be stored without the base model's prefix, as in GPT-2's own files.
+    Layers may be stored without the base model's prefix, as in GPT-2's own files; those of experts go into the
+    parameters in which they are fused.
     """
     model = copy.deepcopy(model)
+    fused = fused_experts(model)
     for name, weight in stored_weights(out).items():
-        known = name if name in dict(model.named_modules()) else f"{model.base_model_prefix}.{name}"
-        layer = model.get_submodule(known)
-        layer.weight.data = oriented(layer, weight.dequantize(layer.weight.dtype)).contiguous()
+        dense = weight.dequantize(model.dtype)
+        path, _, inside = name.partition(".experts.")
+        if f"{path}.experts" in fused:
+            expert, leaf = inside.split(".")
+            piece = fused[f"{path}.experts"].pieces[leaf]
+            whole = model.get_parameter(f"{path}.experts.{piece.parameter}").data
+            piece.weight(whole, int(expert), len(whole)).copy_(dense)
+            continue
+        layer = model.get_submodule(
+            name if name in dict(model.named_modules()) else f"{model.base_model_prefix}.{name}"
+        )
+        layer.weight.data = oriented(layer, dense.to(layer.weight.dtype)).contiguous()
     return model
 
 

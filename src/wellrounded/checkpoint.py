@@ -29,10 +29,12 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgp
 class Source:
     """A dense model about to be quantized: where its tensors come from and what belongs beside them.
 
-    model        the architecture; parameters on the meta device, buffers computed
+    model        the architecture, its experts taken apart; parameters on the meta device, buffers computed
     read         a tensor by its name in the model, or None
-    stored_name  the name a tensor of the model has in the source's own files
-    extras       tensors of the source that the model does not have (speculative heads, say), by stored name
+    made         every tensor of the source by the name it is stored under: the model's tensors that are made of it,
+                 none if the model does not have it (speculative heads, say)
+    read_stored  a tensor by the name it is stored under
+    packed_name  what the tensors of a layer of the model are called in files, without their endings, once it is packed
     config       config.json as a dict
     write_files  puts every non-weight file of the source into a directory
     bytes        size of the source's tensors
@@ -42,8 +44,9 @@ class Source:
     label: str
     model: torch.nn.Module
     read: Callable[[str], torch.Tensor | None]
-    stored_name: Callable[[str], str]
-    extras: dict[str, Callable[[], torch.Tensor]]
+    made: dict[str, list[str]]
+    read_stored: Callable[[str], torch.Tensor]
+    packed_name: Callable[[str], str]
     config: dict[str, Any]
     write_files: Callable[[Path], None]
     bytes: int

@@ -14,21 +14,20 @@ from torch import nn
 from . import __version__, card
 from .calibration import Calibration
 from .checkpoint import Source, Writer
-from .core import gptq, rtn
+from .core import gptq
 from .core.fidelity import Fidelity
-from .core.hessian import FactorError, Hessian
-from .core.recipe import Recipe
-from .core.scheme import Scheme
+from .core.hessian import Hessian
+from .core.recipe import Recipe, role_of
 from .core.weight import QuantizedWeight
-from .errors import NumericsError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
-from .model.siblings import Siblings
+from .model.siblings import Bank, Member, Siblings
 from .model.walk import BlockWalk, Stream
-from .plan import make_plan
-from .report import LayerResult, Report, error_db
+from .plan import UNUSED, make_plan
+from .report import LayerResult, Report
+from .solving import Solved, same_scheme, solve
 
 BATCH_TOKENS = 4096  # enough for matmuls at full speed
 OUTSIDE = "outside"  # the part that holds everything outside the blocks
@@ -69,10 +68,14 @@ class Run:
         self.batch = batch
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         self.walk = BlockWalk(source.model, source.read, device)
+        self.parameters = sum(p.numel() for p in source.model.parameters())
         self.plan = make_plan(source.model, self.walk.names, recipe)
+        self.parts = self._parts()
+        self.owners = self._owners()
+        self.shared: dict[str, QuantizedWeight] = {}  # by name of its owner
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
-        self.report.notes, self.report.overlooked = self.plan.notes(), self.plan.overlooked
+        self.report.notes, self.report.overlooked_weights = self.plan.notes(), self.plan.overlooked
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize into `writer` and finish it; the report of the finished checkpoint."""
@@ -86,21 +89,23 @@ class Run:
         started = time.perf_counter()
         calibrating, dense, quantized = self._streams()
         if OUTSIDE not in writer.finished:
-            writer.add(OUTSIDE, dict(self._outside()))
+            writer.add(OUTSIDE, dict(self._dense_tensors(OUTSIDE)))
         for index, name, block in self.walk:
+            mine = self._mine(name, block)
+            known = self._known(index, mine, [*dense, *calibrating])
             self.walk.advance(index, *dense)
             if name in writer.finished:
                 self._replay(name, block, writer)
                 self.walk.advance(index, *calibrating)
             else:
-                tensors, results = self._quantize_block(index, name, block, calibrating, dense)
+                tensors, results = self._quantize_block(index, mine, known, calibrating)
                 writer.add(name, tensors, [asdict(result) for result in results])
             self.walk.advance(index, *quantized)
             done = time.perf_counter() - started
             tell(Progress(index + 1, len(self.walk.names), done, name))
         self.report.fidelity = self._fidelity(dense, quantized)
         self.report.calibration = self.calibration.to_dict() if self.calibration else None
-        self.report.parameters = sum(p.numel() for p in self.source.model.parameters())
+        self.report.parameters = self.parameters
         self.report.source_bytes, self.report.peak_rss_bytes = self.source.bytes, peak_rss_bytes()
         self.report.seconds = {"total": time.perf_counter() - started}
         return self.report
@@ -117,85 +122,95 @@ class Run:
         # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
         return calibrating, *([self.walk.stream(held.ids, held.mask, batch=1)] for _ in range(2))
 
+    def _owners(self) -> dict[str, str]:
+        """Planned layers that share their weight with one before them, and which: that one is solved, and stored."""
+        first: dict[int, str] = {}
+        weights = {name: self.source.model.get_submodule(name).weight for name in self.plan.schemes}
+        owners = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
+        return {name: owner for name, owner in owners.items() if owner != name}
+
+    def _mine(self, name: str, block: nn.Module) -> list[str]:
+        """The layers of a block that are to be solved; what it shares with earlier blocks gets their weights."""
+        mine = [inside for inside in layers_of.linears(block) if f"{name}.{inside}" in self.plan.schemes]
+        for inside in mine:
+            if owner := self.owners.get(f"{name}.{inside}"):
+                if owner in self.plan.schemes:
+                    self._place(block.get_submodule(inside), self.shared[owner])
+                else:
+                    self.plan.keep(f"{name}.{inside}", UNUSED, 0.0)
+        return [inside for inside in mine if f"{name}.{inside}" not in self.owners]
+
+    def _known(self, index: int, names: list[str], streams: list[Stream]) -> list[list[str]] | None:
+        """Sets of siblings, found on one window, None if they will be found while observing."""
+        return self.walk.siblings(index, streams[0], names) if streams and self.settings.true_sequential else None
+
     def _quantize_block(
-        self, index: int, block_name: str, block: nn.Module, calibrating: list[Stream], dense: list[Stream]
+        self, index: int, mine: list[str], known: list[list[str]] | None, calibrating: list[Stream]
     ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
         """Solve every layer of the block, put the result back into it, and return what belongs on disk."""
-        mine = [n for n in layers_of.linears(block) if f"{block_name}.{n}" in self.plan.schemes]
+        block_name, block = self.walk.names[index], self.walk.blocks[index]
         tensors: dict[str, torch.Tensor] = {}
         results: list[LayerResult] = []
-        for names, hessian in self._observed(index, mine, calibrating, dense):
-            for group in self._same_scheme(block_name, names):
-                for name, quantized, result in self._solve(block_name, block, group, hessian):
-                    self._place(block.get_submodule(name), quantized)
-                    tensors |= self._to_disk(result.name, quantized)
-                    results.append(result)
-                    self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
-        return tensors | dict(self._dense_tensors(block_name, block, set(mine))), results
+        for members in self._observed(index, mine, known, calibrating):
+            for quantized, result in self._solve(block_name, block, members):
+                self._place(self.source.model.get_submodule(result.name), quantized)
+                self._share(result.name, quantized)
+                tensors |= self._to_disk(result.name, quantized)
+                results.append(result)
+                self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
+        return tensors | dict(self._dense_tensors(block_name)), results
 
     def _observed(
-        self, index: int, names: list[str], calibrating: list[Stream], dense: list[Stream]
-    ) -> Iterator[tuple[list[str], Hessian | None]]:
-        """Sets of siblings with their Hessian; layers that no token reached come last, one by one, without one.
+        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]
+    ) -> Iterator[list[Member]]:
+        """What is to be solved next: siblings, or experts side by side.
 
-        A set is to be rounded before the next is asked for. In the end the calibrating streams have left the block.
+        They are to be rounded before the next are asked for. In the end the calibrating streams have left the block.
+        Layers that no token reached come last, with the Hessian of those that differ from them in a number only (the
+        other experts, in models that have a list of them); where there are none, they stay dense.
         """
         unseen = dict.fromkeys(names)
+        alike: dict[tuple[str, int], Hessian] = {}
         for stream in calibrating:
-            for siblings in self._sets(index, names, stream, dense):
-                yield siblings.names, siblings.hessian
+            for siblings in self._sets(index, names, known, stream):
+                yield from siblings.stacks()
                 for name in siblings.names:
                     del unseen[name]
+                if isinstance(siblings, Siblings) and siblings.hessian is not None:
+                    mine = siblings.hessian
+                    for role in {role_of(name) for name in siblings.names} - {*siblings.names}:
+                        alike.setdefault((role, mine.size), Hessian(mine.size, mine.device)).merge(mine)
         for name in unseen:
-            yield [name], None
+            _, inputs = layers_of.shape_of(self.walk.blocks[index].get_submodule(name))
+            like = alike.get((role_of(name), inputs))  # an expert of its own kind, that no token was routed to
+            if self.calibration is None or like is not None:
+                yield [Member([name], like)]
+            else:
+                self._leave(f"{self.walk.names[index]}.{name}")
 
-    def _sets(self, index: int, names: list[str], stream: Stream, dense: list[Stream]) -> Iterator[Siblings]:
-        if self.settings.true_sequential:
-            known = self.walk.siblings(index, dense[0] if dense else stream, names)
+    def _leave(self, name: str) -> None:
+        """Keep a layer dense that no calibration token reached: nothing is known of what it would read."""
+        layer = self.source.model.get_submodule(name)
+        self.plan.keep(name, UNUSED, layer.weight.numel() / self.parameters)
+
+    def _sets(
+        self, index: int, names: list[str], known: list[list[str]] | None, stream: Stream
+    ) -> Iterator[Siblings | Bank]:
+        if known is not None:
             yield from self.walk.staged(index, stream, names, known)
         else:
             yield from self.walk.observe(index, stream, names)
             self.walk.advance(index, stream)
 
-    def _same_scheme(self, block_name: str, names: list[str]) -> list[list[str]]:
-        """Siblings cut into runs that share a scheme: each run is solved as one tall matrix."""
-        by_scheme: dict[Scheme, list[str]] = {}
-        for name in names:
-            by_scheme.setdefault(self.plan.schemes[f"{block_name}.{name}"], []).append(name)
-        return list(by_scheme.values())
-
-    def _solve(
-        self, block_name: str, block: nn.Module, names: list[str], hessian: Hessian | None
-    ) -> Iterator[tuple[str, QuantizedWeight, LayerResult]]:
-        """Quantize layers that share an input and a scheme; yields (name in block, weight, result) for each."""
-        full = [f"{block_name}.{name}" for name in names]
-        scheme = self.plan.schemes[full[0]]
-        weights = [self._dense_weight(block.get_submodule(n), f) for n, f in zip(names, full)]
-        tall = torch.cat(weights) if len(weights) > 1 else weights[0]
-        rows = [len(weight) for weight in weights]
-        fallback, damping, moment = None, None, None
-        try:
-            if hessian is None:
-                fallback = None if self.calibration is None else "no calibration token reached this layer"
-                solved = rtn.solve(tall, None, scheme)
-            else:
-                moment = hessian.matrix()
-                try:
-                    solved, factored = gptq.solve(tall, hessian, scheme, self.settings)
-                    damping = factored.damping
-                    if damping > self.settings.damping:
-                        fallback = f"damping raised from {self.settings.damping:g} to {damping:g}"
-                except FactorError as error:
-                    fallback, solved = f"plain rounding: {error}", rtn.solve(tall, hessian, scheme)
-            plain = rtn.solve(tall, None, scheme).split(rows) if moment is not None else [None] * len(rows)
-        except NumericsError as error:
-            raise NumericsError(f"{', '.join(full)}: {error}") from None
-        for name, layer, weight, piece, rounded in zip(names, full, weights, solved.split(rows), plain):
-            after = error_db(weight, piece, moment) if moment is not None else None
-            before = error_db(weight, rounded, moment) if moment is not None and rounded is not None else None
-            tokens = hessian.tokens if hessian is not None else 0
-            result = LayerResult(layer, str(scheme), weight.numel(), tokens, after, before, damping, fallback)
-            yield name, piece, result
+    def _solve(self, block_name: str, block: nn.Module, members: list[Member]) -> Iterator[Solved]:
+        """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together."""
+        for names, stack in same_scheme(members, lambda name: self.plan.schemes[f"{block_name}.{name}"]):
+            full = [[f"{block_name}.{name}" for name in one] for one in names]
+            weights = [
+                [self._dense_weight(block.get_submodule(n), f) for n, f in zip(*both)] for both in zip(names, full)
+            ]
+            scheme = self.plan.schemes[full[0][0]]
+            yield from solve(full, weights, stack, scheme, self.settings, self.calibration is not None)
 
     def _dense_weight(self, layer: nn.Module, name: str) -> torch.Tensor:
         """The source's own values, float32 [out, in]: not those that the block computes with, which may be bfloat16."""
@@ -209,6 +224,10 @@ class Run:
         dense = layers_of.oriented(layer, quantized.dequantize(layer.weight.dtype))
         layer.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
 
+    def _share(self, name: str, quantized: QuantizedWeight) -> None:
+        if name in self.owners.values():
+            self.shared[name] = quantized
+
     def _replay(self, name: str, block: nn.Module, writer: Writer) -> None:
         """Take a block that an earlier run finished from its part."""
         stored = writer.read_part(name)
@@ -217,44 +236,47 @@ class Run:
             inside = result.name.removeprefix(f"{name}.")
             layer = block.get_submodule(inside)
             outputs, inputs = layers_of.shape_of(layer)
-            prefix = self._stored_layer(result.name)
+            prefix = self.source.packed_name(result.name)
             tensors = {t.removeprefix(f"{prefix}."): v for t, v in stored.items() if t.startswith(f"{prefix}.")}
             scheme = self.plan.schemes[result.name]
             weight = gptq_format.from_tensors(tensors, scheme, inputs, outputs, self.version, prefix)
             self._place(layer, weight)
+            self._share(result.name, weight)
             self.report.add(result, scheme.bits_per_weight(inputs))
-
-    def _stored_layer(self, name: str) -> str:
-        return self.source.stored_name(f"{name}.weight").removesuffix(".weight")
+        solved = {note["name"] for note in writer.finished[name]}
+        solved |= self.owners.keys()
+        for full in [full for full in self.plan.schemes if full.startswith(f"{name}.") and full not in solved]:
+            self._leave(full)
 
     def _to_disk(self, name: str, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
-        prefix = self._stored_layer(name)
+        prefix = self.source.packed_name(name)
         return {f"{prefix}.{k}": v for k, v in gptq_format.to_tensors(quantized, self.version).items()}
 
-    def _dense_tensors(self, prefix: str, module: nn.Module, quantized: set[str]) -> Iterator[tuple[str, torch.Tensor]]:
-        """What a module stores besides its quantized weights, as the source has it."""
-        for name in module.state_dict(keep_vars=True):
-            layer, _, leaf = name.rpartition(".")
-            if leaf == "weight" and layer in quantized:
-                continue
-            full = f"{prefix}.{name}" if prefix else name
-            value = self.source.read(full)
-            if value is not None:
-                yield self.source.stored_name(full), value
+    def _dense_tensors(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
+        """What of the source's tensors belongs to this part and stays as it is, bit by bit and under its own name.
 
-    def _outside(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every stored tensor outside the blocks, and those that the model does not know."""
-        blocks = tuple(f"{name}." for name in self.walk.names)
-        seen: set[int] = set()
-        for name, tensor in self.walk.model.state_dict(keep_vars=True).items():
-            if name.startswith(blocks) or id(tensor) in seen:
+        One that the model makes several of, some of them a packed layer's, is replaced by those that are not packed.
+        """
+        for stored in self.parts[part]:
+            made = self.source.made[stored]
+            packed = [name for name in made if name.removesuffix(".weight") in self.plan.schemes]
+            together = len(made) > 1 and any(name.rpartition(".")[0] in self.plan.schemes for name in made)
+            if not packed and not together:
+                yield stored, self.source.read_stored(stored).contiguous()
                 continue
-            value = self.source.read(name)
-            if value is not None:
-                seen.add(id(tensor))  # tied tensors are stored once, under the name that the source uses
-                yield self.source.stored_name(name), value
-        for name, read in self.source.extras.items():
-            yield name, read()
+            for name in (name for name in made if name not in packed):
+                layer, _, leaf = name.rpartition(".")
+                value = self.source.read(name)
+                assert value is not None
+                yield f"{self.source.packed_name(layer)}.{leaf}", value.contiguous()
+
+    def _parts(self) -> dict[str, list[str]]:
+        """Every tensor of the source by the part of the result that it belongs to: the first block that needs it."""
+        parts: dict[str, list[str]] = {part: [] for part in [OUTSIDE, *self.walk.names]}
+        for stored, made in self.source.made.items():
+            owners = [block for block in self.walk.names if any(name.startswith(f"{block}.") for name in made)]
+            parts[owners[0] if owners else OUTSIDE].append(stored)
+        return parts
 
     def _fidelity(self, dense: list[Stream], quantized: list[Stream]) -> dict[str, float | int] | None:
         """KL, perplexity and agreement on the held-out windows, from the two streams that went through the blocks."""

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
+from .core.recipe import role_of
 from .core.weight import QuantizedWeight
+
+OVERLOOKED = 0.01  # of the model: a weight that stays dense unasked and is larger is a problem
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class Report:
     scheme: str
     layers: list[LayerResult] = field(default_factory=list)
     kept: dict[str, str] = field(default_factory=dict)  # layer inside the blocks -> why it stayed dense
-    overlooked: float = 0.0  # fraction of the blocks' parameters that stayed dense without being asked to
+    overlooked_weights: dict[str, float] = field(default_factory=dict)  # see plan.Plan.overlooked
     calibration: dict[str, Any] | None = None
     fidelity: dict[str, float | int] | None = None
     parameters: int = 0
@@ -59,6 +63,11 @@ class Report:
         solved = sum(layer.parameters for layer in self.layers) - rounded
         total = max(self.parameters, 1)
         return {"gptq": solved / total, "rtn": rounded / total, "kept": 1 - (solved + rounded) / total}
+
+    @property
+    def overlooked(self) -> float:
+        """Fraction of the model's parameters that stayed dense inside the blocks without being asked to."""
+        return sum(self.overlooked_weights.values())
 
     @property
     def bits_per_weight(self) -> float:
@@ -79,13 +88,28 @@ class Report:
         ]
         if worse:
             found.append(f"{len(worse)} layers are worse than plain rounding, first {worse[0].name}")
-        if self.overlooked > 0.05:
-            found.append(
-                f"{self.overlooked:.1%} of the weights inside the blocks stayed dense without being asked to "
-                "(see `kept`); ignore them explicitly if that is what you want"
-            )
+        found += [
+            f"{role}, {part:.1%} of the model, stayed dense ({why}); if that is right: --ignore '{pattern}'"
+            for role, part, why, pattern in self.unexplained()
+        ]
         if self.fidelity and not self.fidelity["kl_mean"] < 2.0:
             found.append(f"KL to the original is {self.fidelity['kl_mean']:.3g} nats per token: the model is damaged")
+        return found
+
+    def unexplained(self) -> list[tuple[str, float, str, str]]:
+        """Large weights that stayed dense unasked: role, fraction of the model, why, and the pattern that allows it."""
+        quantized = {role_of(layer.name) for layer in self.layers}
+        found = []
+        for role, part in sorted(self.overlooked_weights.items(), key=lambda item: -item[1]):
+            layer = role.rpartition(".")[0]
+            kept = {name: why for name, why in self.kept.items() if role_of(name) in (role, layer)}
+            if part <= OVERLOOKED or not kept:
+                continue
+            pattern = re.escape(role_of(next(iter(kept)))).replace(r"\*", r"\d+")
+            if layer in quantized:  # elsewhere they are quantized: name these alone
+                numbers = dict.fromkeys(re.findall(r"(?<![^.])\d+(?![^.])", name)[0] for name in kept)
+                pattern = pattern.replace(r"\d+", f"({'|'.join(numbers)})", 1)
+            found.append((role, part, next(iter(kept.values())), f"^{pattern}$"))
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -105,6 +129,7 @@ class Report:
             "calibration": self.calibration,
             "kept": self.kept,
             "overlooked": self.overlooked,
+            "overlooked_weights": self.overlooked_weights,
             "notes": self.notes,
             "problems": self.problems(),
             "version": self.version,

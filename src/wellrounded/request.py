@@ -79,7 +79,8 @@ class Request:
         names = [name for name, module in source.model.named_modules() if layers_of.is_linear(module)]
         example = next(iter(names), "none")
         for pattern in self.ignore:
-            if not any(re.search(pattern, name) for name, _ in source.model.named_modules()):
+            tensors = [name for name, _ in source.model.named_parameters()]
+            if not any(re.search(pattern, name) for name in (*tensors, *(n.rpartition(".")[0] for n in tensors))):
                 raise UsageError(
                     f"ignore={pattern!r} was asked for, but no layer's name holds it; layers are called like {example}"
                 )
@@ -112,7 +113,8 @@ def refuse_longer(length: int, model: Any) -> None:
 
 
 def _limit(model: Any) -> int | None:
-    return getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return limit if limit and limit > 0 else None  # XLNet says -1, for there is none
 
 
 def chosen_device(name: str) -> str:

@@ -70,6 +70,11 @@ def assert_same_but_for_ties(codes, expected, targets, scales, tolerance) -> Non
         assert from_tie <= tolerance[r, j], f"row {r}, column {j}: {from_tie:g} from a tie, {tolerance[r, j]:g} allowed"
 
 
+def refit(*matrices: torch.Tensor) -> torch.Tensor:
+    """One member's new scales."""
+    return gptq.refit(*(matrix[None] for matrix in matrices))[0]
+
+
 class Problem:
     """Everything that a sweep is given, columns in a random order, and R R^T as the Hessian of the twin."""
 
@@ -86,8 +91,8 @@ class Problem:
     def sweep(self, panel: int, dtype: torch.dtype = torch.float64) -> torch.Tensor:
         """Codes [out, in], like the twin's."""
         columns, groups = self.weight.T[self.order].to(dtype), self.groups[self.order]
-        upper, scales, zeros = self.upper.to(dtype), self.scales.T, self.zeros.T
-        steps = gptq.sweep(columns, upper, scales, zeros, groups, self.scheme, panel)
+        stacks = (each[None] for each in (columns, self.upper.to(dtype), self.scales.T, self.zeros.T, groups))
+        (steps,), zeros = gptq.sweep(*stacks, self.scheme, panel), self.zeros.T
         codes = torch.empty_like(steps)
         codes[self.order] = steps + zeros[groups]
         return codes.T
@@ -345,7 +350,7 @@ def test_refitted_scales_are_the_best_that_three_losses_can_find(scheme):
     steps = problem.sweep(panel=COLUMNS) - problem.zeros[:, problem.groups]
     order = problem.order
     damped = problem.damped[order][:, order]
-    refitted = gptq.refit(
+    refitted = refit(
         problem.weight.double().T[order], steps.T[order], problem.scales.T, problem.groups[order],
         damped,
     ).T  # fmt: skip
@@ -363,7 +368,7 @@ def test_refitting_never_raises_the_loss_of_any_row(scheme):
     losses = [twin.exact_loss(problem.weight, twin.restore(steps, scales, problem.groups), problem.damped)]
     for _ in range(3):
         columns, groups = problem.weight.double().T[order], problem.groups[order]
-        scales = gptq.refit(columns, steps.T[order], scales.T, groups, damped).T
+        scales = refit(columns, steps.T[order], scales.T, groups, damped).T
         losses.append(twin.exact_loss(problem.weight, twin.restore(steps, scales, problem.groups), problem.damped))
     for before, after in pairwise(losses):
         assert (after <= before * (1 + 1e-12)).all()  # float64 sums of 6400 products
@@ -393,14 +398,14 @@ def test_a_scale_whose_codes_are_all_zero_is_left_alone():
     scales = torch.tensor([[0.5], [0.25]]).half()
     steps = torch.zeros(4, 1)
     groups = torch.tensor([0, 0, 1, 1])
-    assert torch.equal(gptq.refit(torch.ones(4, 1), steps, scales, groups, torch.eye(4)), scales)
+    assert torch.equal(refit(torch.ones(4, 1), steps, scales, groups, torch.eye(4)), scales)
 
 
 def test_a_scale_never_becomes_zero():
     """It would be the best one for a group whose weights are zero."""
     scales = torch.tensor([[0.5]]).half()
     groups = torch.tensor([0, 0])
-    assert torch.equal(gptq.refit(torch.zeros(2, 1), torch.ones(2, 1), scales, groups, torch.eye(2)), scales)
+    assert torch.equal(refit(torch.zeros(2, 1), torch.ones(2, 1), scales, groups, torch.eye(2)), scales)
 
 
 # When it cannot be done

@@ -78,7 +78,8 @@ def test_a_panel_is_rounded_as_the_definition_rounds_it(columns, outputs):
     steps = [torch.empty_like(weight) for _ in range(2)]
     for stored in (feedback, feedback.T.contiguous().T):  # a factor may lie in memory either way
         mine = native.sweep(weight, weight.clone(), stored, scales, low, 15, steps[0])
-        theirs = gptq.sweep_panel(weight, weight.clone(), feedback, scales, low, 15, steps[1])
+        stacks = (each[None] for each in (weight, weight.clone(), feedback, scales, low))
+        (theirs,) = gptq.sweep_panel(*stacks, 15, steps[1][None])
         # A fused multiply-add may move a target across the middle between two steps, and all that follow it a little.
         assert (steps[0] == steps[1]).float().mean() > 0.999
         alike = (steps[0] == steps[1]).all(0)

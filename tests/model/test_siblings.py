@@ -9,7 +9,8 @@ from torch import nn
 import tiny
 from wellrounded.model.blocks import linears
 from wellrounded.model.siblings import observe, staged
-from wellrounded.model.walk import BlockWalk, meta_copy
+from wellrounded.model.walk import BlockWalk
+from wellrounded.model.weights import meta_copy
 
 QKV = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"]
 GATED = ["mlp.gate_proj", "mlp.up_proj"]

@@ -6,7 +6,8 @@ from torch import nn
 
 import tiny
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
-from wellrounded.model.walk import BlockWalk, materialize, meta_copy
+from wellrounded.model.walk import BlockWalk
+from wellrounded.model.weights import materialize, meta_copy
 
 TOKENS = tiny.ids(4, seed=7)
 PADDED = torch.ones_like(TOKENS, dtype=torch.bool)
@@ -119,11 +120,26 @@ def test_the_blocks_keep_their_own_forward_after_an_error():
     assert not any("forward" in block.__dict__ for block in walk.blocks)
 
 
-def test_a_model_that_skips_a_block_is_refused():
+def test_a_block_that_the_model_does_not_call_is_passed_by():
     model = tiny.build("llama")
     model.config.num_hidden_layers = 2  # its forward stops one block early
-    with pytest.raises(UsageError, match="2 of 3 blocks were called"):
+    assert torch.equal(walked(walk_of(model)), expected(model))
+
+
+def test_a_block_that_is_called_twice_is_refused():
+    model = tiny.build("llama")
+    model.model.layers[1] = model.model.layers[0]
+    with pytest.raises(UsageError, match=r"model.layers.0 is called 2 times in one pass"):
         walk_of(model).stream(TOKENS, None, batch=2)
+
+
+def test_blocks_between_which_the_model_computes_are_refused():
+    model = tiny.build("llama")
+    inner = model.model.layers[1].forward
+    model.model.layers[1].register_forward_pre_hook(lambda block, args: (args[0] * 2, *args[1:]))
+    with pytest.raises(UsageError, match=r"model.layers.1 does not read what the block before it returns"):
+        walk_of(model).stream(TOKENS, None, batch=2)
+    assert model.model.layers[1].forward == inner
 
 
 # ---- weights ----

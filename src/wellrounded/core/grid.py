@@ -27,21 +27,23 @@ LARGEST = 65504.0  # the largest float16
 def search(
     weight: torch.Tensor, importance: torch.Tensor | None, scheme: Scheme, candidates: int = 32
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales float16 [rows, groups] and zeros uint8 [rows, groups] for `weight` float32 [rows, columns].
+    """Scales float16 [..., rows, groups] and zeros uint8, the same, for `weight` float32 [..., rows, columns].
 
-    Columns of a group are consecutive; the last group may be ragged. `importance` is diag(H), float32 [columns], or
-    None for plain squared error. With `candidates=1` the grid spans the extremes of the group, without any search.
+    Columns of a group are consecutive; the last group may be ragged. `importance` is diag(H), float32 [..., columns],
+    or None for plain squared error. With `candidates=1` the grid spans the extremes of the group, without any search.
 
     Raises NumericsError if a weight is NaN or Inf, or too large for a float16 scale.
     """
     if not torch.isfinite(weight).all():
         raise NumericsError("the weights of this layer hold NaN or Inf")
-    width = scheme.columns_per_group(weight.shape[1])
+    width = scheme.columns_per_group(weight.shape[-1])
     grouped, energy = _group(weight, importance, width)
     grouped, energy = grouped.contiguous(), energy.contiguous()
     if candidates > 1 and native.serves(grouped, energy):
+        members = zip(grouped.reshape(-1, *grouped.shape[-3:]), energy.reshape(-1, *energy.shape[-2:]))
         shares = _shares(scheme, candidates)
-        scales, zeros = native.search(grouped, energy, scheme.bits, scheme.symmetric, shares)
+        found = zip(*(native.search(w, h, scheme.bits, scheme.symmetric, shares) for w, h in members))
+        scales, zeros = (torch.stack(each).reshape(grouped.shape[:-1]) for each in found)
     else:
         scales, zeros = search_rows(grouped, energy, scheme, candidates)
     if scales.abs().max() > LARGEST:
@@ -58,37 +60,38 @@ def encode(
 
 
 def _group(weight: torch.Tensor, importance: torch.Tensor | None, width: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[rows, groups, width] weights and [groups, width] importance; a ragged tail is padded with weightless zeros."""
-    rows, columns = weight.shape
-    energy = torch.ones(columns, device=weight.device) if importance is None else importance.float()
+    """[..., rows, groups, width] weights and [..., groups, width] importance; a ragged tail has weightless zeros."""
+    *members, _, columns = weight.shape
+    energy = torch.ones(*members, columns, device=weight.device) if importance is None else importance.float()
     padding = -columns % width
     if padding:
         weight = torch.nn.functional.pad(weight, (0, padding))
         energy = torch.nn.functional.pad(energy, (0, padding))
-    energy = energy.reshape(-1, width)
-    mean = energy.mean(1, keepdim=True)
+    energy = energy.unflatten(-1, (-1, width))
+    mean = energy.mean(-1, keepdim=True)
     # A group without any input energy is judged by plain squared error; the others are scaled away from underflow.
     energy = torch.where(mean > 0, energy / mean.clamp_min(1e-38), torch.ones_like(energy))
-    return weight.float().reshape(rows, -1, width), energy
+    return weight.float().unflatten(-1, (-1, width)), energy
 
 
 def search_rows(
     weight: torch.Tensor, energy: torch.Tensor, scheme: Scheme, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (already float16-exact) and zeros, float32 [rows, groups], for weights [rows, groups, width].
+    """Scales (already float16-exact) and zeros, float32 [..., rows, groups], for weights [..., rows, groups, width].
 
     The definition, and what is used where the native core is not: on GPUs, say.
     """
-    parts = [_search_slice(part, energy, scheme, candidates) for part in weight.split(ROWS)]
+    energy = energy.unsqueeze(-3)  # the same for all rows
+    parts = [_search_slice(part, energy, scheme, candidates) for part in weight.split(ROWS, dim=-3)]
     scales, zeros = zip(*parts)
-    return torch.cat(scales), torch.cat(zeros)
+    return torch.cat(scales, dim=-2), torch.cat(zeros, dim=-2)
 
 
 def _search_slice(
     weight: torch.Tensor, energy: torch.Tensor, scheme: Scheme, candidates: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weighted = weight * energy
-    best_gain = torch.full(weight.shape[:2], -1.0, device=weight.device)
+    best_gain = torch.full(weight.shape[:-1], -1.0, device=weight.device)
     best_scale = torch.full_like(best_gain, torch.inf)  # stays where no candidate can be judged: the caller raises
     best_zero = torch.zeros_like(best_gain)
     for scale, zero in _candidates(weight, scheme, candidates):
@@ -106,7 +109,7 @@ def _search_slice(
 
 
 def _round(weight: torch.Tensor, scale: torch.Tensor, zero: torch.Tensor, scheme: Scheme) -> torch.Tensor:
-    """Codes minus zero, float32, like `weight` [rows, groups, width]."""
+    """Codes minus zero, float32, like `weight` [..., rows, groups, width]."""
     steps = (weight * scale.reciprocal().unsqueeze(-1)).round_()
     return steps.clamp_(-zero.unsqueeze(-1), (scheme.max_code - zero).unsqueeze(-1))
 
@@ -118,7 +121,7 @@ def _storable(scale: torch.Tensor) -> torch.Tensor:
 
 
 def _candidates(weight: torch.Tensor, scheme: Scheme, count: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """(scale, zero) pairs, each float32 [rows, groups]."""
+    """(scale, zero) pairs, each float32 [..., rows, groups]."""
     if scheme.symmetric:
         largest = weight.gather(-1, weight.abs().argmax(-1, keepdim=True)).squeeze(-1)
         zero = torch.full_like(largest, scheme.midpoint)

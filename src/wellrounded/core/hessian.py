@@ -32,6 +32,20 @@ class Factor:
     damping: float
 
 
+@dataclass(frozen=True)
+class Factors:
+    """A stack of factors, [members, n, n]. Where there is none, the damping is the reason, and the matrices are I."""
+
+    upper: torch.Tensor
+    damped: torch.Tensor
+    damping: list[float | FactorError]
+
+    def members(self) -> list[Factor | FactorError]:
+        """One by one, without a copy."""
+        each = zip(self.upper, self.damped, self.damping)
+        return [d if isinstance(d, FactorError) else Factor(upper, damped, d) for upper, damped, d in each]
+
+
 class Hessian:
     """Sum of x x^T over every input row x that a layer has seen: the Hessian of its squared output error.
 
@@ -43,6 +57,11 @@ class Hessian:
         self.size = size
         self.tokens = 0
         self._upper = torch.zeros(size, size, device=device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is accumulated."""
+        return self._upper.device
 
     def update(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> None:
         """Add the rows of `x` [..., size]; rows where `mask` [...] is False (padding) do not count."""
@@ -68,6 +87,20 @@ class Hessian:
         self._upper += other._upper.to(self._upper.device)
         self.tokens += other.tokens
 
+    def blended(self, other: Hessian, floor: int) -> Hessian:
+        """Itself from `floor` tokens on; else a new one, where what is missing comes from the mean of `other`.
+
+        An expert that few tokens were routed to has a Hessian that is singular, or noise; `other` is what all experts
+        of its layer have seen together. If that is nothing, there is nothing to blend in.
+        """
+        if self.tokens >= floor or not other.tokens:
+            return self
+        blend, missing = Hessian(self.size, self._upper.device), floor - self.tokens
+        theirs = other._upper.to(self._upper.device)
+        torch.add(self._upper, theirs, alpha=missing / other.tokens, out=blend._upper)
+        blend.tokens = floor
+        return blend
+
     def matrix(self) -> torch.Tensor:
         """[size, size] float32: the mean of x x^T. Raises NumericsError if the inputs held NaN or Inf."""
         upper = torch.triu(self._upper) / max(self.tokens, 1)
@@ -91,21 +124,46 @@ def factor(matrix: torch.Tensor, damping: float) -> Factor:
 
     Raises FactorError when all of that fails.
     """
-    diagonal = matrix.diagonal()
-    live = diagonal[diagonal > 0]
-    if not len(live):
+    if not (matrix.diagonal() > 0).any():
         raise FactorError("every input column of this layer is dead: no calibration token reached it")
-    ridge = 0.5 * diagonal + live.median()
     strength = damping
     while True:
-        damped = matrix + torch.diag(strength * ridge)
         for dtype in (torch.float32, torch.float64):
-            lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(0, 1))
-            if not failed and torch.isfinite(lower).all():
-                return Factor(lower.flip(0, 1).float(), damped, strength)
+            upper, damped, good = _try_to_factor(matrix, strength, dtype)
+            if good:
+                return Factor(upper, damped, strength)
         if strength >= 1.0:
             raise FactorError(f"the Hessian is not positive definite even with damping {strength:g}")
         strength = min(max(10 * strength, 1e-4), 1.0)
+
+
+def factor_stacked(matrices: torch.Tensor, damping: float) -> Factors:
+    """Each of [members, n, n] as `factor` does it; together, but for those that do not come out at the first try."""
+    upper, damped, good = _try_to_factor(matrices, damping, torch.float32)
+    dampings: list[float | FactorError] = [damping] * len(matrices)
+    for e in (~good).nonzero().flatten().tolist():
+        try:
+            alone = factor(matrices[e], damping)
+            upper[e], damped[e], dampings[e] = alone.upper, alone.damped, alone.damping
+        except FactorError as error:
+            upper[e] = damped[e] = torch.eye(matrices.shape[1], device=matrices.device)
+            dampings[e] = error.with_traceback(None)  # which would keep the matrices
+    return Factors(upper, damped, dampings)
+
+
+def _try_to_factor(
+    matrix: torch.Tensor, strength: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """(upper, damped, good) for `matrix` [..., n, n], one or a stack; `good` is bool [...]."""
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    # Sorted, the dead columns come first: they move the middle by half of their number.
+    middle = (diagonal.shape[-1] - 1 + (diagonal <= 0).sum(-1, keepdim=True)) // 2
+    ridge = 0.5 * diagonal + diagonal.sort(-1).values.gather(-1, middle)
+    damped = matrix.clone()
+    damped.diagonal(dim1=-2, dim2=-1).add_(strength * ridge)
+    lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(-2, -1))
+    good = (failed == 0) & torch.isfinite(lower).all(dim=(-2, -1))
+    return lower.flip(-2, -1).float(), damped, good
 
 
 def _finite(moment: torch.Tensor) -> torch.Tensor:

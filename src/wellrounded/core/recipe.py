@@ -61,3 +61,12 @@ class Recipe:
         for pattern in patterns:
             Rule(pattern, None)  # an error quotes what the user wrote, not what we make of it
         return cls(scheme, tuple(Rule(f".*(?:{pattern})", None) for pattern in patterns))
+
+
+def role_of(name: str) -> str:
+    """The name with * for every number in it.
+
+    >>> role_of("model.layers.3.mlp.experts.12.up_proj")
+    'model.layers.*.mlp.experts.*.up_proj'
+    """
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)

@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, TextStreamer
+from transformers import PreTrainedModel, TextStreamer
 
 from .. import kernels
 from ..checkpoint import Reader
 from ..errors import CheckpointError, UsageError
 from ..formats.config import from_config
 from ..kernels import reference
-from ..model.walk import materialize
+from ..model.weights import materialize
 from ..request import NONE, Request
 from . import attention
 from .compiling import compile_steps
@@ -21,7 +21,7 @@ from .gptq_config import asking
 from .head import pack_head
 from .quantizer import Quantizer
 from .register import register
-from .source import download, load_config, load_tokenizer, open_source, refuse_gaps
+from .source import download, kind_of, load_config, load_tokenizer, open_source, refuse_gaps
 
 __all__ = ["TextStreamer", "load", "load_with_tokenizer"]
 
@@ -122,7 +122,7 @@ def load_directory(
     if weights is not None:
         config.transformers_weights = weights
     Reader(directory, [directory / weights] if weights else None)
-    loaded, found = AutoModelForCausalLM.from_pretrained(
+    loaded, found = kind_of(config).from_pretrained(
         directory,
         config=config,
         use_safetensors=True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import re
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,14 @@ from ..checkpoint import Reader
 from ..core.scheme import Scheme
 from ..errors import UsageError
 from ..model.blocks import shape_of
+from ..model.experts import Experts, Layout, fused_experts, take_apart
 from ..nn import KEYS, QuantLinear
 from ..pipeline import OUTSIDE, Run
 from ..request import NONE, Request
 from .source import open_files
+from .stored import Names
+
+MIXTRAL = ("w1", "w3", "w2")  # gate, up, down in the files of Mixtral and its heirs
 
 
 class Memory:
@@ -65,7 +71,7 @@ def quantize_files(model: nn.Module, files: list[str] | None, request: Request, 
         raise UsageError(f"tokenizer is a {type(tokenizer).__name__}; give a tokenizer, or the name of one")
     reader = Reader(Path(files[0]).parent, map(Path, files))
     source = open_files(reader, config, type(model), name, tokenizer)
-    source.stored_name = lambda name: name
+    source.packed_name = lambda layer: layer
     return quantize_in_memory(request.run(source))
 
 
@@ -82,7 +88,15 @@ def quantize_in_memory(run: Run) -> tuple[Run, Memory]:
 
 
 def put_layers(model: nn.Module, schemes: dict[str, Scheme], version: str, dtype: torch.dtype) -> None:
-    """Replace the named linear layers of `model` by QuantLinear without tensors, on the same device."""
+    """Replace the named linear layers of `model` by QuantLinear without tensors, on the same device.
+
+    Fused experts are taken apart where layers of theirs are named; what of them is not named stays fused.
+    """
+    layouts, apart = experts_with(model, schemes)
+    take_apart(model, layouts, apart)
+    for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        for module in experts.modules():
+            module._is_hf_initialized = True  # what transformers would initialize there is gone
     for name, scheme in schemes.items():
         layer = model.get_submodule(name)
         outputs, inputs = shape_of(layer)
@@ -92,6 +106,50 @@ def put_layers(model: nn.Module, schemes: dict[str, Scheme], version: str, dtype
             packed.to_empty(device=layer.weight.device).bias = None if layer.bias is None else layer.bias.detach()
         packed._is_hf_initialized = True  # or transformers would give first values to a weight that is not there
         model.set_submodule(name, packed)
+
+
+def tied(model: nn.Module, layers: Iterable[str]) -> dict[str, str]:
+    """Of these layers, those whose weight transformers ties to another's, and to which."""
+    ties = getattr(model, "all_tied_weights_keys", {})
+    found = {name: ties.get(f"{name}.weight", "").removesuffix(".weight") for name in layers}
+    return {name: owner for name, owner in found.items() if owner}
+
+
+def untie(model: nn.Module, owners: dict[str, str]) -> None:
+    """Tell transformers that packed layers are not to be tied, nor missed: `share` does it once all is read."""
+    for name in owners:
+        del model.all_tied_weights_keys[f"{name}.weight"]
+    missing = {rf"^{re.escape(name)}\.({'|'.join(KEYS)})$" for name in owners}
+    model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), *missing}
+
+
+def share(model: nn.Module, owners: dict[str, str]) -> None:
+    """Let packed layers whose weights were tied be one; saving the model writes it once."""
+    for name, owner in owners.items():
+        model.set_submodule(name, model.get_submodule(owner))
+        model.all_tied_weights_keys.update({f"{name}.{key}": f"{owner}.{key}" for key in KEYS})
+
+
+def experts_with(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, Layout], dict[str, list[int]]]:
+    """The modules of fused experts to which layers of these names belong: their layouts, and the banks of each.
+
+    The names decide what the projections are called: as the model's files call them, or as is usual.
+    """
+    found: dict[str, set[str]] = {}
+    for name in layers:
+        if match := re.fullmatch(r"(.+)\.\d+\.(\w+)", name):
+            found.setdefault(match[1], set()).add(match[2])
+    layouts, apart = {}, {}
+    names = Names(model)
+    for path, layout in fused_experts(model).items():
+        leaves = found.get(path, set())
+        for spelling in (names.expert_leaves(path), None, MIXTRAL):
+            spelled = layout.renamed(spelling)
+            banks = [number for number, bank in enumerate(spelled.banks) if leaves and leaves.issuperset(bank)]
+            if banks:
+                layouts[path], apart[path] = spelled, banks
+                break
+    return layouts, apart
 
 
 def fill(model: nn.Module, layers: dict[str, dict[str, torch.Tensor]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 from typing import Any
@@ -16,13 +17,14 @@ from ..checkpoint import Source
 from ..errors import UsageError
 from ..formats import config as config_format
 from ..model.blocks import oriented
-from ..model.walk import materialize
+from ..model.experts import Experts
+from ..model.weights import materialize
 from ..nn import QuantLinear
 from ..pipeline import Run
 from ..report import Report
 from ..request import Request
 from .gptq_config import GPTQConfig, asking, kernel_of, request_of
-from .on_the_fly import Memory, fill, put_layers, quantize_files, quantize_in_memory
+from .on_the_fly import Memory, fill, put_layers, quantize_files, quantize_in_memory, share, tied, untie
 from .packed import headers, packed_layers
 from .source import skeleton, wrong_shape
 
@@ -46,6 +48,7 @@ class Quantizer(HfQuantizer):
             self.request = request_of(quantization_config)
             self.tokenizer = quantization_config.tokenizer
         self.made: dict[str, dict[str, torch.Tensor]] = {}  # packed tensors that are in no file, by layer
+        self.owners: dict[str, str] = {}  # layers that are packed once for several places, and where that is
         self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
         self.shapes: dict[str, torch.Size] = {}  # of all tensors, as the model needs them
 
@@ -71,11 +74,12 @@ class Quantizer(HfQuantizer):
         if not self.pre_quantized:
             self.to_quantize = model  # see update_weight_conversions
             return
-        prefix = f"{model.base_model_prefix}."
-        stored = {name.removeprefix(prefix): entry for name, entry in headers(self.files).items()}
-        schemes = packed_layers(model, self.stored.recipe, stored, prefix)
+        stored = headers(model, self.files)
+        schemes = packed_layers(model, self.stored.recipe, stored)
         put_layers(model, schemes, self.stored.version, model.config.dtype)
-        self.without_index = {name for name in schemes if f"{name.removeprefix(prefix)}.g_idx" not in stored}
+        self.owners = tied(model, schemes)
+        untie(model, self.owners)
+        self.without_index = {name for name in schemes if f"{name}.g_idx" not in stored}
         self.shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
 
     def update_weight_conversions(self, weight_conversions: list, *args: Any) -> list:
@@ -104,6 +108,8 @@ class Quantizer(HfQuantizer):
     def take(self, model: nn.Module, run: Run, memory: Memory) -> None:
         """Put the packed layers that `run` made into `model`, whose other tensors are still to be read."""
         put_layers(model, run.plan.schemes, run.version, model.config.dtype)
+        self.owners = tied(model, run.plan.schemes)
+        untie(model, self.owners)
         fill(model, memory.layers)
         self.made, self.report = memory.layers, run.report
         self.quantization_config = GPTQConfig.from_dict(run.stored_config())
@@ -120,6 +126,7 @@ class Quantizer(HfQuantizer):
                 raise wrong_shape(name, tensor.shape, self.shapes[name])
         fill(model, self.made)
         self.made = {}
+        share(model, self.owners)
         for layer in (m for m in model.modules() if isinstance(m, QuantLinear)):
             if layer.qweight.device.type == "meta":  # offloaded: its tensors come when it is called
                 self._check_offloading(layer)
@@ -154,10 +161,22 @@ class Quantizer(HfQuantizer):
         before, dtype = model.dtype, dtype or model.dtype
         if isinstance(dtype, str):  # what a configuration holds once a model has been saved
             dtype = getattr(torch, dtype)
-        original = skeleton(type(model), model.config)
-        for name, layer in [(n, m) for n, m in model.named_modules() if isinstance(m, QuantLinear)]:
-            if layer.qweight.device.type == "meta":
-                raise UsageError(f"{name} is offloaded; load the model without offloading to dequantize it")
+        original = skeleton(type(model), copy.deepcopy(model.config))  # it sets the attention of its own
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
+        if away := [name for name, layer in layers.items() if layer.qweight.device.type == "meta"]:
+            raise UsageError(f"{away[0]} is offloaded; load the model without offloading to dequantize it")
+        for path, experts in [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]:
+
+            def read(name: str, experts: Experts = experts) -> torch.Tensor:
+                layer, _, kind = name.rpartition(".")
+                owner = experts.get_submodule(layer)
+                packed = isinstance(owner, QuantLinear) and kind == "weight"
+                return owner.dense_weight(dtype) if packed else getattr(owner, kind).to(dtype)
+
+            model.set_submodule(path, experts.fused(original.get_submodule(path), read))
+        for name, layer in [
+            (n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)
+        ]:
             dense = original.get_submodule(name)
             weight = oriented(dense, layer.dense_weight(dtype)).contiguous()
             dense.weight = nn.Parameter(weight)

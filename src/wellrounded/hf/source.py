@@ -15,13 +15,22 @@ from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from ..card import copy_files
 from ..checkpoint import Reader, Source
 from ..errors import CheckpointError, UsageError
-from ..model.walk import meta_copy
+from ..model.weights import meta_copy
 from . import attention
+from .stored import Stored
 
+AUTO = (
+    "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
+    "AutoModelForSequenceClassification",
+    "AutoModelForMaskedLM",
+    "AutoModel",
+)  # what a model that brings its code may be, the first that it names
 COMPUTE = torch.bfloat16  # fast wherever there is hardware for it, and wide enough for every model's activations
 
 
@@ -61,7 +70,7 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
         method = config.to_dict()["quantization_config"].get("quant_method", "some method")
         raise UsageError(f"{label}: already quantized ({method}); start from the original model")
     tokenizer = tokenizer or load_tokenizer(directory, trust_remote_code)
-    return open_files(Reader(directory), config, AutoModelForCausalLM, label, tokenizer, trust_remote_code)
+    return open_files(Reader(directory), config, kind_of(config), label, tokenizer, trust_remote_code)
 
 
 def open_files(
@@ -69,36 +78,11 @@ def open_files(
 ) -> Source:
     """The dense model in the files of one directory, which is a `kind`: a model's class, or an Auto class."""
     directory = reader.directory
-    model = skeleton(kind, config, trust_remote_code)
-    names = _stored_names(model, set(reader.places))
-    if names is None:
-        # The file's tensors become the model's by more than renaming (fused experts, say): transformers does it.
-        loaded, found = kind.from_pretrained(
-            directory,
-            config=config,
-            dtype="auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-        )
-        refuse_gaps(directory, found)
-        source = _from_memory(loaded, tokenizer, label)
-        source.config, source.fingerprint = json.loads((directory / "config.json").read_bytes()), reader.fingerprint()
-        source.write_files = lambda target: copy_files(directory, target)
-        return source
-
-    def read(name: str) -> torch.Tensor | None:
-        return reader.read(names[name]) if name in names else None
-
-    used = set(names.values())
-    extras = {name: (lambda name=name: reader.read(name)) for name in reader.places if name not in used}
-    return Source(
+    stored = Stored(skeleton(kind, config, trust_remote_code), reader.places, reader.read)
+    if missing := stored.missing():
+        raise none_has(directory, missing)
+    return stored.source(
         label=label,
-        model=model,
-        read=read,
-        stored_name=lambda name: names.get(name, name),
-        extras=extras,
         config=json.loads((directory / "config.json").read_bytes()),
         write_files=lambda target: copy_files(directory, target),
         bytes=reader.bytes,
@@ -112,8 +96,13 @@ def refuse_gaps(directory: Path, found: dict[str, Any]) -> None:
     for name, stored, needed in sorted(found["mismatched_keys"]):
         raise wrong_shape(name, stored, needed)
     if missing := sorted(name for name in found["missing_keys"] if not name.endswith(".g_idx")):  # may be left out
-        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
-        raise CheckpointError(f"{directory}: none of its files has {missing[0]}{more}; download it again")
+        raise none_has(directory, missing)
+
+
+def none_has(directory: Path, missing: list[str]) -> CheckpointError:
+    """The error for tensors that the model needs and no file has."""
+    more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+    return CheckpointError(f"{directory}: none of its files has {missing[0]}{more}; download it again")
 
 
 def wrong_shape(name: str, stored: torch.Size, needed: torch.Size) -> CheckpointError:
@@ -122,24 +111,6 @@ def wrong_shape(name: str, stored: torch.Size, needed: torch.Size) -> Checkpoint
         f"{name} is {list(stored)}, the model needs {list(needed)}; the files and config.json do not belong together, "
         "download both again"
     )
-
-
-def _stored_names(model: transformers.PreTrainedModel, stored: set[str]) -> dict[str, str] | None:
-    """Each tensor of the model by its name in the files: equal, or with or without the base model's prefix.
-
-    Tensors that the files do not hold are left out if they are tied to one that they do; None if any other is missing.
-    """
-    prefix = f"{model.base_model_prefix}."
-    tensors = model.state_dict(keep_vars=True)
-    names: dict[str, str] = {}
-    for name in tensors:
-        for candidate in (name, name.removeprefix(prefix), prefix + name):
-            if candidate in stored:
-                names[name] = candidate
-                break
-    held = {id(tensors[name]) for name in names}
-    absent = (t for n, t in tensors.items() if n not in names and isinstance(t, torch.nn.Parameter))
-    return names if all(id(t) in held for t in absent) else None
 
 
 def _from_gguf(path: Path) -> Source:
@@ -165,12 +136,8 @@ def _from_gguf(path: Path) -> Source:
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     size = sum(t.numel() * t.element_size() for t in tensors.values())
     stat = path.stat()
-    return Source(
+    return Stored(model, tensors, tensors.__getitem__).source(
         label=path.stem,
-        model=model,
-        read=tensors.get,
-        stored_name=lambda name: name,
-        extras={},
         config=_plain_config(config, model),
         write_files=lambda target: _save_files(model, tokenizer, target),
         bytes=size,
@@ -183,17 +150,14 @@ def _from_memory(model: torch.nn.Module, tokenizer: Any, label: str) -> Source:
     if getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None):
         raise UsageError(f"{label}: already quantized; start from the original model")
     tensors = {name: tensor.detach() for name, tensor in model.state_dict(keep_vars=True).items()}
-    skeleton = meta_copy(model, COMPUTE).eval()
     distinct = {t.data_ptr(): t for t in tensors.values()}.values()
+    tied = getattr(model, "all_tied_weights_keys", {})
+    as_saved = revert_weight_conversion(model, {name: t for name, t in tensors.items() if name not in tied})
     digest = hashlib.sha256()
     for name, tensor in tensors.items():
         digest.update(f"{name}:{tuple(tensor.shape)}:{tensor.double().sum().item()!r}".encode())
-    return Source(
+    return Stored(meta_copy(model, COMPUTE).eval(), as_saved, as_saved.__getitem__).source(
         label=label,
-        model=skeleton,
-        read=tensors.get,
-        stored_name=lambda name: name,
-        extras={},
         config=_plain_config(model.config, model),
         write_files=lambda target: _save_files(model, tokenizer, target),
         bytes=sum(t.numel() * t.element_size() for t in distinct),
@@ -213,19 +177,31 @@ def load_config(directory: Path, trust_remote_code: bool = False) -> transformer
     apart = directory / "quantize_config.json"  # where old tools described the quantization, and nowhere else
     if not getattr(config, "quantization_config", None) and apart.is_file():
         config.quantization_config = read_quantization(apart)
-    remote = trust_remote_code and "AutoModelForCausalLM" in getattr(config, "auto_map", {})
-    if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not remote:
-        raise UsageError(
-            f"{directory}: a {config.model_type!r} model, which is not a causal language model "
-            "that transformers can build"
-        )
-    # Encoders have a causal variant in transformers, which generates only if it was trained for it.
-    if type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not config.is_decoder:
-        raise UsageError(
-            f"{directory}: a {config.model_type!r} model fills gaps in a text and does not continue it; "
-            "wellrounded quantizes causal language models"
-        )
+    kind_of(config)
     return config
+
+
+def kind_of(config: transformers.PretrainedConfig) -> Any:
+    """The class that a configuration's model is built with, as it says itself: one of transformers, or an Auto class.
+
+    Raises UsageError if transformers can build no such model.
+    """
+    own = (getattr(config, "auto_map", None) or {}) if "transformers_modules" in type(config).__module__ else {}
+    for name in AUTO:
+        if name in own:
+            return getattr(transformers, name)
+    for name in getattr(config, "architectures", None) or []:
+        kind = getattr(transformers, name, None)
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            return kind
+    encoder = type(config) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(config, "is_decoder", False)
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not encoder:
+        return AutoModelForCausalLM
+    made = ", ".join(getattr(config, "architectures", None) or ["nothing"])
+    raise UsageError(
+        f"{config.name_or_path}: a {config.model_type!r} model ({made}), which transformers {transformers.__version__} "
+        "cannot build; if its code comes with it, pass --trust-remote-code"
+    )
 
 
 def read_quantization(path: Path) -> dict[str, Any]:
@@ -251,8 +227,25 @@ def skeleton(kind: Any, config: Any, trust_remote_code: bool = False) -> transfo
         else:
             model = kind._from_config(config, dtype=COMPUTE)
     model.tie_weights()
+    _as_loaded(model)
     attention.use(model)
     return model.eval()
+
+
+def _as_loaded(model: transformers.PreTrainedModel) -> None:
+    """What a model that is loaded has and one that is built has not: parts in float32, buffers computed in float32."""
+    if plan := model._get_dtype_plan(COMPUTE):
+        pattern, groups, _ = build_glob_alternation(list(plan))
+        for path, owner in model.named_modules():
+            for held in (owner._parameters, owner._buffers):
+                for name, tensor in held.items():
+                    match = tensor is not None and pattern.search(f"{path}.{name}" if path else name)
+                    if match:
+                        exact = tensor.detach().to(plan[groups[match.lastgroup]])
+                        held[name] = torch.nn.Parameter(exact, False) if held is owner._parameters else exact
+    for module in model.modules():
+        module._is_hf_initialized = not module._non_persistent_buffers_set
+    model.initialize_weights()
 
 
 def _plain_config(config: transformers.PretrainedConfig, model: torch.nn.Module) -> dict[str, Any]:

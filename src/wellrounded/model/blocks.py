@@ -13,24 +13,60 @@ from ..errors import UsageError
 def find_blocks(model: nn.Module) -> list[str]:
     """Names of the decoder blocks: the members of the ModuleList that holds the most parameters.
 
-    Lists inside a block (experts, say) do not count. Raises UsageError if the model has no ModuleList at all.
+    Lists inside a block (experts, say) and lists of bare linear layers do not count. Where a model says which part of
+    it reads text (`get_decoder`), the list is looked for there; and a list that lies less deep wins over one of at most
+    four times its size, which is what reads images or sound. Raises UsageError if the model has no list of blocks.
     """
-    best: tuple[int, list[str]] = (0, [])
+    prefix = _text_part(model)
+    found = _lists(model.get_submodule(prefix), f"{prefix}." if prefix else "") or _lists(model, "")
+    if not found:
+        raise UsageError(
+            f"{type(model).__name__} holds no list of blocks; wellrounded quantizes block by block, and found no "
+            "torch.nn.ModuleList whose members hold linear layers"
+        )
+    largest = max(size for size, _ in found)
+    chosen = min((name.count("."), -size, name) for size, name in found if 4 * size >= largest)[2]
+    return [f"{chosen}.{i}" for i in range(len(model.get_submodule(chosen)))]  # type: ignore[arg-type]
 
-    def visit(module: nn.Module, prefix: str) -> None:
-        nonlocal best
-        for name, child in module.named_children():
-            if isinstance(child, nn.ModuleList) and len(child):
-                size = sum(p.numel() for p in child.parameters())
-                if size > best[0]:
-                    best = (size, [f"{prefix}{name}.{i}" for i in range(len(child))])
-            else:
-                visit(child, f"{prefix}{name}.")
 
-    visit(model, "")
-    if not best[1]:
-        raise UsageError(f"{type(model).__name__} holds no list of blocks; wellrounded quantizes block by block")
-    return best[1]
+def towers(model: nn.Module) -> set[str]:
+    """Names of the modules that serve what is not text: those beside a language model, and those with other blocks.
+
+    What an encoder-decoder model reads with its encoder is text: it has none.
+    """
+    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return set()
+    text, blocks = _text_part(model), find_blocks(model)[0].rpartition(".")[0]
+    found = set()
+    for name in (name for _, name in _lists(model, "")):
+        if name != blocks:
+            parts = name.split(".")
+            shared = next((i for i, (a, b) in enumerate(zip(parts, blocks.split("."))) if a != b), len(parts) - 1)
+            found.add(".".join(parts[: shared + 1]))
+    if "." in text:  # "model.language_model": what lies beside it reads no text
+        outer = model.get_submodule(text.rpartition(".")[0])
+        names = (f"{text.rpartition('.')[0]}.{name}".strip(".") for name, _ in outer.named_children())
+        head = getattr(model, "get_output_embeddings", lambda: None)()
+        found |= {name for name in names if name != text and model.get_submodule(name) is not head}
+    return found
+
+
+def _text_part(model: nn.Module) -> str:
+    """The name of the part that reads text, where the model says which it is; "" is the whole."""
+    decoder = getattr(model, "get_decoder", lambda: None)()
+    return next((name for name, module in model.named_modules() if module is decoder), "") if decoder else ""
+
+
+def _lists(module: nn.Module, prefix: str) -> list[tuple[int, str]]:
+    """Outermost lists of modules that hold linear layers, below `module`: (parameters, name)."""
+    found: list[tuple[int, str]] = []
+    for name, child in module.named_children():
+        if isinstance(child, nn.ModuleList):
+            if any(linears(one) and not is_linear(one) for one in child):
+                found.append((sum(p.numel() for p in child.parameters()), f"{prefix}{name}"))
+        else:
+            found += _lists(child, f"{prefix}{name}.")
+    return found
 
 
 def is_linear(module: nn.Module) -> bool:

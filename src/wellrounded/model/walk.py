@@ -2,31 +2,42 @@
 
 Models hand their blocks more than a hidden state (masks, rotary embeddings, and not the same ones for every block).
 The hollow walk learns them without running a block: every block's forward is replaced by a recorder that returns its
-hidden state unchanged, and the model is called once. Chaining the real blocks with what was recorded gives exactly
-what the model gives.
+hidden state unchanged, in the form in which the first block returned one, and the model is called once. What a block
+returns besides and the model hands to a later one is recorded by where it comes from. Chaining the real blocks with
+what was recorded gives exactly what the model gives.
 """
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import CheckpointError, NumericsError, UsageError
+from ..errors import NumericsError, UsageError
 from .blocks import find_blocks
-from .siblings import Batch, Siblings, observe, staged
+from .siblings import Bank, Batch, Siblings, observe, staged
+from .weights import Read, materialize, release
 
-Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
+ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
+
 Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden state
 
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
     """Ends a hollow walk at the last block, so that the head never runs."""
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands for what a block returns at a place of its tuple, until it has run."""
+
+    block: int
+    place: int
 
 
 class Stream:
@@ -36,6 +47,7 @@ class Stream:
         self.ids, self.masks = ids, masks
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []  # [batch][block]
+        self.carried: list[dict[Carried, Any]] = []  # [batch], what later blocks are still to be given
 
 
 class BlockWalk:
@@ -50,7 +62,8 @@ class BlockWalk:
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
         materialize(model, read, device=self.device, leave=tuple(f"{name}." for name in self.names))
-        self._tuple_output = False
+        self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
+        self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
 
     def __iter__(self) -> Iterator[tuple[int, str, nn.Module]]:
         """(index, name, block), the block with its weights; they are dropped when the loop moves on."""
@@ -59,29 +72,35 @@ class BlockWalk:
             try:
                 yield index, name, block
             finally:
-                _release(block)
+                release(block)
 
     def stream(self, ids: torch.Tensor, mask: torch.Tensor | None, batch: int) -> Stream:
         """A stream of windows `ids` int64 [n, length], `mask` bool [n, length] or None, at the first block's door."""
         parts = list(ids.to(self.device).split(batch))
         masks = [None] * len(parts) if mask is None else list(mask.to(self.device).split(batch))
         stream = Stream(parts, masks)
+        if not self.called:
+            self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1])
         for part, part_mask in zip(parts, masks):
             hidden, calls = self._hollow_walk(part, part_mask)
             stream.hidden.append(hidden)
             # Batches that give a block the same masks and rotary tables share them.
             twin = stream.calls[0] if stream.calls and _same(stream.calls[0], calls) else calls
             stream.calls.append(twin)
+            stream.carried.append({})
         return stream
 
     @torch.no_grad()
     def advance(self, index: int, *streams: Stream) -> None:
-        """Run block `index` over every batch of the streams and keep its outputs as the next hidden states."""
+        """Run block `index` over every batch of the streams and keep its outputs as the next hidden states.
+
+        Nothing happens at a block that the model does not call on text, nor does anything reach its layers.
+        """
         for stream in streams:
-            for batch in range(len(stream.hidden)):
+            for batch in range(len(stream.hidden)) if index in self.called else ():
                 self._step(index, stream, batch)
 
-    def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings]:
+    def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings | Bank]:
         """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
         return observe(self.blocks[index], names, self._batches(self._run, index, stream))
 
@@ -90,7 +109,7 @@ class BlockWalk:
         found = observe(self.blocks[index], names, self._batches(self._run, index, stream)[-1:], weigh=False)
         return [siblings.names for siblings in found]
 
-    def staged(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings]:
+    def staged(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings | Bank]:
         """Advance the stream, stopping before each set of siblings with the Hessian of what arrives there.
 
         What the caller makes of a set's weights is what the rest of the block sees. See siblings.staged.
@@ -98,13 +117,20 @@ class BlockWalk:
         return staged(self.blocks[index], names, known, self._batches(self._step, index, stream))
 
     def _batches(self, run: Callable[[int, Stream, int], Any], index: int, stream: Stream) -> list[Batch]:
+        if index not in self.called:
+            return []
         return [(partial(run, index, stream, batch), mask) for batch, mask in enumerate(stream.masks)]
 
     def _step(self, index: int, stream: Stream, batch: int) -> None:
         output = self._run(index, stream, batch)
-        if not torch.isfinite(output).all():
+        hidden = output[0] if isinstance(output, (tuple, list)) else output
+        if not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
-        stream.hidden[batch] = output
+        stream.hidden[batch] = hidden
+        wanted = {c for call in stream.calls[batch][index + 1 :] for c in _carried(call)}
+        carried = {c: v for c, v in stream.carried[batch].items() if c in wanted}
+        carried |= {c: output[c.place] for c in wanted if c.block == index}
+        stream.carried[batch] = carried
 
     def logits(self, stream: Stream, batch: int) -> torch.Tensor:
         """[batch, length, vocabulary]: the model's head on what the last block returned."""
@@ -112,136 +138,148 @@ class BlockWalk:
         def last(hidden: torch.Tensor) -> torch.Tensor:
             return stream.hidden[batch]
 
-        with self._hollow(None, last, self._tuple_output), torch.no_grad():
+        with self._hollow(None, last), torch.no_grad():
             return self._call_model(stream.ids[batch], stream.masks[batch]).logits
 
-    def _run(self, index: int, stream: Stream, batch: int) -> torch.Tensor:
-        args, kwargs = stream.calls[batch][index]
+    def _run(self, index: int, stream: Stream, batch: int) -> Any:
+        """What the block returns."""
+        args, kwargs = _resolved(stream.calls[batch][index], stream.carried[batch])
         hidden = stream.hidden[batch]
         if "hidden_states" in kwargs:
-            output = self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
+            return self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
+        return self.blocks[index](hidden, *args, **kwargs)
+
+    def _learn(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+        """In which form blocks return their hidden state, and that each is called once, in the order of the list.
+
+        Raises UsageError if they are not, or cannot be called without what others compute.
+        """
+        seen: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
+
+        def first(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            seen.append((block, args, kwargs))
+            raise _Stop
+
+        try:
+            with suppress(_Stop), self._hollow(first, None), torch.no_grad():
+                self._call_model(ids, mask)
+        except ODD as error:
+            raise self._cannot(f"{type(error).__name__}: {error}") from None
+        if not seen:
+            raise self._cannot("the model calls none of them")
+        block, args, kwargs = seen[0]
+        index = self.blocks.index(block)
+        materialize(block, self.read, f"{self.names[index]}.", self.device)
+        try:
+            with torch.no_grad():
+                output = block(*args, **kwargs)
+        finally:
+            release(block)
+        if isinstance(output, (tuple, list)):
+            self._form = tuple(place is not None for place in output)
+        elif not isinstance(output, torch.Tensor):
+            raise self._cannot(f"{self.names[index]} returns a {type(output).__name__}, neither a tensor nor a tuple")
+        calls: list[nn.Module] = []
+        states: list[torch.Tensor] = []
+
+        def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            calls.append(block)
+            states.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+
+        for form in dict.fromkeys([self._form, self._form and (True,) + (False,) * (len(self._form) - 1)]):
+            self._form = form  # a model may compute with what blocks return besides: then it is not handed on
+            calls.clear()
+            states.clear()
+            try:
+                with self._hollow(note, None), torch.no_grad():
+                    self._call_model(ids, mask)
+                break
+            except ODD as error:
+                problem = f"{type(error).__name__}: {error}"
         else:
-            output = self.blocks[index](hidden, *args, **kwargs)
-        self._tuple_output = isinstance(output, tuple)
-        return output[0] if isinstance(output, tuple) else output
+            raise self._cannot(problem)
+        for name, one in zip(self.names, self.blocks):
+            if calls.count(one) > 1:
+                raise self._cannot(f"{name} is called {calls.count(one)} times in one pass")
+        self.called = [index for index, one in enumerate(self.blocks) if one in calls]
+        if calls != [self.blocks[index] for index in self.called]:
+            raise self._cannot("they are not called in the order of their list")
+        for before, after, index in zip(states, states[1:], self.called[1:]):
+            if (before.data_ptr(), before.shape) != (after.data_ptr(), after.shape):
+                raise self._cannot(f"{self.names[index]} does not read what the block before it returns")
+
+    def _cannot(self, why: str) -> UsageError:
+        return UsageError(
+            f"{type(self.model).__name__}: its blocks ({self.names[0]} ... {self.names[-1]}) cannot be walked one "
+            f"after another: {why}"
+        )
 
     def _hollow_walk(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         """The hidden state that enters the first block, and what each block is given besides."""
-        problems = []
-        for as_tuple in (False, True):  # what blocks return is known only once one has run
-            calls: list[Call] = []
-            first: list[torch.Tensor] = []
+        calls: list[Call] = [((), {}) for _ in self.blocks]
+        entering: list[torch.Tensor] = []
 
-            def record(args: tuple, kwargs: dict[str, Any], calls: list[Call] = calls, first: list = first) -> None:
-                named = "hidden_states" in kwargs
-                first.append(kwargs["hidden_states"] if named else args[0])
-                calls.append((args if named else args[1:], {**kwargs, "hidden_states": None} if named else kwargs))
-                if len(calls) == len(self.blocks):
-                    raise _Stop
+        def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+            named = "hidden_states" in kwargs
+            entering.append(kwargs["hidden_states"] if named else args[0])
+            index = self.blocks.index(block)
+            calls[index] = (args if named else args[1:], {**kwargs, "hidden_states": None} if named else kwargs)
+            if index == self.called[-1]:
+                raise _Stop
 
-            try:
-                with self._hollow(record, None, as_tuple), torch.no_grad():
-                    self._call_model(ids, mask)
-            except _Stop:
-                return first[0], calls
-            except (TypeError, IndexError, ValueError, AttributeError, RuntimeError) as error:
-                problems.append(f"{type(error).__name__}: {error}")
-            else:
-                problems.append(f"{len(calls)} of {len(self.blocks)} blocks were called")
-        raise UsageError(
-            f"{type(self.model).__name__}: its blocks ({self.names[0]} ... {self.names[-1]}) cannot be walked one "
-            f"after another: {problems[0]}"
-        )
+        with suppress(_Stop), self._hollow(record, None), torch.no_grad():
+            self._call_model(ids, mask)
+        return entering[0], calls
 
     def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
         return self.model(input_ids=ids, attention_mask=None if mask is None else mask.long(), use_cache=False)
 
     @contextmanager
-    def _hollow(self, record: Callable | None, last: Callable | None, as_tuple: bool) -> Iterator[None]:
+    def _hollow(self, record: Callable | None, last: Callable | None) -> Iterator[None]:
         """Replace every block's forward by one that only records, or that returns `last` from the final block."""
 
-        def forward_of(block: nn.Module) -> Callable:
+        def forward_of(index: int, block: nn.Module) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
                 if record is not None:
-                    record(args, kwargs)
-                if last is not None and block is self.blocks[-1]:
+                    record(block, args, kwargs)
+                if last is not None and index == self.called[-1]:
                     hidden = last(hidden)
-                return (hidden, None) if as_tuple else hidden
+                if self._form is None:
+                    return hidden
+                return hidden, *(Carried(index, n) if held else None for n, held in enumerate(self._form) if n)
 
             return forward
 
-        own = [block.__dict__.get("forward") for block in self.blocks]  # hooks may have put one there already
-        for block in self.blocks:
-            block.forward = forward_of(block)
+        own = {block: block.__dict__.get("forward") for block in self.blocks}  # hooks may have put one there already
+        for index, block in enumerate(own):
+            block.forward = forward_of(index, block)
         try:
             yield
         finally:
-            for block, forward in zip(self.blocks, own):
+            for block, forward in own.items():
                 del block.forward
                 if forward is not None:
                     block.forward = forward
 
 
-def materialize(
-    module: nn.Module, read: Read, prefix: str = "", device: torch.device | str = "cpu", leave: tuple[str, ...] = ()
-) -> None:
-    """Give every meta parameter below `module` its values; tied ones are read once and stay tied.
-
-    `prefix` is the module's own name with a dot; tensors whose full name starts with one of `leave` are left alone.
-    Persistent buffers come from the source, the others were computed when the model was built. Raises
-    CheckpointError for a tensor that the source lacks or has in another shape.
-    """
-    made: dict[int, nn.Parameter] = {}
-    aliases: dict[int, list[str]] = {}
-    places = []
-    for path, owner in module.named_modules():
-        base = f"{prefix}{path}." if path else prefix
-        if leave and base.startswith(leave):
-            continue
-        for attr, buffer in owner._buffers.items():
-            stored = None if buffer is None or attr in owner._non_persistent_buffers_set else read(base + attr)
-            if buffer is not None:
-                owner._buffers[attr] = (buffer if stored is None else stored.to(buffer.dtype)).to(device)
-        for attr, parameter in owner._parameters.items():
-            if parameter is not None and parameter.device.type == "meta":
-                places.append((owner, attr, parameter))
-                aliases.setdefault(id(parameter), []).append(base + attr)
-    for owner, attr, parameter in places:
-        if id(parameter) not in made:
-            names = aliases[id(parameter)]
-            value = next((v for v in map(read, names) if v is not None), None)
-            if value is None:
-                raise CheckpointError(f"{names[0]}: the source has no such tensor, but the model needs it")
-            if value.shape != parameter.shape:
-                needs, has = tuple(parameter.shape), tuple(value.shape)
-                raise CheckpointError(f"{names[0]}: the model needs shape {needs}, the source has {has}")
-            if not torch.isfinite(value).all():
-                raise NumericsError(f"{names[0]}: the source's tensor holds NaN or Inf; download the model again")
-            made[id(parameter)] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=False)
-        owner._parameters[attr] = made[id(parameter)]
+def _resolved(value: Any, carried: dict[Carried, Any]) -> Any:
+    """The same with everything carried put in its place."""
+    if isinstance(value, Carried):
+        return carried[value]
+    if isinstance(value, (tuple, list)) and any(_carried(value)):
+        return type(value)(_resolved(one, carried) for one in value)
+    if isinstance(value, dict) and any(_carried(value)):
+        return {key: _resolved(one, carried) for key, one in value.items()}
+    return value
 
 
-def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy of `model` whose parameters hold no memory: on the meta device, in `dtype` where the model has its own.
-
-    Buffers are copied with their values (rotary tables are computed, not stored). The model itself is untouched.
-    """
-    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        kept = dtype if parameter.dtype == usual else parameter.dtype
-        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta", dtype=kept), requires_grad=False)
-    return copy.deepcopy(model, memo)
-
-
-def _release(block: nn.Module) -> None:
-    """Put the parameters of a block back on the meta device; its buffers are few and stay."""
-    for owner in block.modules():
-        for attr, parameter in owner._parameters.items():
-            if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
-                owner._parameters[attr] = nn.Parameter(empty, requires_grad=False)
+def _carried(value: Any) -> Iterator[Carried]:
+    if isinstance(value, Carried):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from _carried(one)
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -1,0 +1,75 @@
+"""A model's parameters: from a source into memory, and back to the meta device, where they hold none."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError, NumericsError
+
+Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
+
+
+def materialize(
+    module: nn.Module, read: Read, prefix: str = "", device: torch.device | str = "cpu", leave: tuple[str, ...] = ()
+) -> None:
+    """Give every meta parameter below `module` its values; tied ones are read once and stay tied.
+
+    `prefix` is the module's own name with a dot; tensors whose full name starts with one of `leave` are left alone.
+    Persistent buffers come from the source, the others were computed when the model was built. Raises
+    CheckpointError for a tensor that the source lacks or has in another shape.
+    """
+    made: dict[int, nn.Parameter] = {}
+    aliases: dict[int, list[str]] = {}
+    places = []
+    for path, owner in module.named_modules():
+        base = f"{prefix}{path}." if path else prefix
+        if leave and base.startswith(leave):
+            continue
+        for attr, buffer in owner._buffers.items():
+            stored = None if buffer is None or attr in owner._non_persistent_buffers_set else read(base + attr)
+            if buffer is not None:
+                owner._buffers[attr] = (buffer if stored is None else stored.to(buffer.dtype)).to(device)
+        for attr, parameter in owner._parameters.items():
+            if parameter is not None and parameter.device.type == "meta":
+                places.append((owner, attr, parameter))
+                aliases.setdefault(id(parameter), []).append(base + attr)
+    for owner, attr, parameter in places:
+        if id(parameter) not in made:
+            names = aliases[id(parameter)]
+            value = next((v for v in map(read, names) if v is not None), None)
+            if value is None:
+                raise CheckpointError(f"{names[0]}: the source has no such tensor, but the model needs it")
+            if value.shape != parameter.shape:
+                needs, has = tuple(parameter.shape), tuple(value.shape)
+                raise CheckpointError(f"{names[0]}: the model needs shape {needs}, the source has {has}")
+            if not torch.isfinite(value).all():
+                raise NumericsError(f"{names[0]}: the source's tensor holds NaN or Inf; download the model again")
+            made[id(parameter)] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=False)
+        owner._parameters[attr] = made[id(parameter)]
+
+
+def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy of `model` whose parameters hold no memory: on the meta device, in `dtype` where the model has its own.
+
+    Buffers are copied with their values (rotary tables are computed, not stored). The model itself is untouched.
+    """
+    usual = next((p.dtype for p in model.parameters() if p.is_floating_point()), dtype)
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        kept = dtype if parameter.dtype == usual else parameter.dtype
+        memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta", dtype=kept), requires_grad=False)
+    return copy.deepcopy(model, memo)
+
+
+def release(block: nn.Module) -> None:
+    """Put the parameters of a block back on the meta device; its buffers are few and stay."""
+    for owner in block.modules():
+        for attr, parameter in owner._parameters.items():
+            if parameter is not None:
+                empty = torch.empty_like(parameter, device="meta")
+                owner._parameters[attr] = nn.Parameter(empty, requires_grad=False)
