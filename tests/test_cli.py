@@ -237,17 +237,18 @@ def test_eval_prints_perplexity_and_with_an_original_the_distance(run):
     assert code == 0 and re.search(r"^perplexity  +\d+\.\d{3}$", out, re.MULTILINE) and "original" not in out
     assert "tokens      252 of text.txt, windows of 64" in out and "evaluating, window: 4/4" in err
     code, out, _ = run("eval", "quantized", "--against", "llama", "--text", "text.txt", "--length", 64)
-    for label in ("original", "KL to original", "same top token"):
+    assert re.search(r"^perplexity  +\d+\.\d{3}, original \d+\.\d{3}$", out, re.MULTILINE)
+    for label in ("KL to original", "same top token"):
         assert re.search(rf"^{label}  +\S", out, re.MULTILINE), label
 
 
 def test_eval_json_has_the_documented_keys(run):
     words = ("--text", "text.txt", "--length", 64, "--windows", 4, "--json")
     _, out, _ = run("eval", "quantized", *words)
-    assert json.loads(out).keys() == {"perplexity", "tokens", "seconds"}
+    assert json.loads(out).keys() == {"perplexity", "tokens", "seconds", "length"}
     _, out, _ = run("eval", "quantized", "--against", "llama", *words)
     result = json.loads(out)
-    assert result.keys() == {"perplexity", "tokens", "seconds", "against", "kl_mean", "kl_median", "kl_p99",
+    assert result.keys() == {"perplexity", "tokens", "seconds", "length", "against", "kl_mean", "kl_median", "kl_p99",
                              "top1_agreement"}  # fmt: skip
     assert result["tokens"] == 4 * 63 and 0 < result["kl_mean"] < 0.1
     _, out, _ = run("eval", "llama", *words)

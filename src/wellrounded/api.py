@@ -14,7 +14,7 @@ from .core.recipe import Recipe
 from .errors import UsageError
 from .pipeline import Progress
 from .report import Report
-from .request import Request, chosen_device, refuse_longer
+from .request import Request, chosen_device, limit, refuse_longer
 
 
 def quantize(
@@ -30,6 +30,8 @@ def quantize(
     length: int = 512,
     seed: int = 0,
     ignore: Sequence[str] = (),
+    only: Sequence[str] = (),
+    lm_head: bool = False,
     recipe: Recipe | None = None,
     settings: Settings | None = None,
     tokenizer: Any = None,
@@ -46,8 +48,10 @@ def quantize(
     calibration  a data set's name, a path, texts, chats, token ids, or several `wr.parse(...)`; by default text that
                  comes with Python; "none" rounds plainly, without data
     samples, length, seed   how many windows of how many tokens
-    ignore       regular expressions; a linear layer in whose name one is found stays dense
-    recipe       schemes layer by layer, instead of bits, group_size, sym, act_order and ignore
+    ignore       regular expressions; a weight in whose name one is found stays dense
+    only         regular expressions; a weight in whose name none is found stays dense
+    lm_head      quantize the output head too; if it is tied to the embeddings, these stay as they are
+    recipe       schemes layer by layer, instead of bits, group_size, sym, act_order, ignore and only
     force        replace `out` if it exists;  fresh: start over instead of going on with an unfinished run
 
     Raises UsageError for a request that cannot be carried out, NumericsError for NaN or Inf in weights or
@@ -60,8 +64,8 @@ def quantize(
     _refuse_overlap(model, out)
     request = Request(
         bits=bits, group_size=group_size, sym=sym, act_order=act_order, calibration=calibration, samples=samples,
-        length=length, seed=seed, ignore=ignore, recipe=recipe, settings=settings or Settings(),
-        device=chosen_device(device),
+        length=length, seed=seed, ignore=ignore, only=only, lm_head=lm_head, recipe=recipe,
+        settings=settings or Settings(), device=chosen_device(device),
     )  # fmt: skip
     source = model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
     run = request.run(source)
@@ -113,7 +117,7 @@ def merge(
         return None
     source = merged.source()
     source.label = f"{Path(merged.base).name} with {Path(adapter).name}"
-    if not {"bits", "group_size", "sym", "act_order", "ignore", "recipe"} & options.keys():
+    if not {"bits", "group_size", "sym", "act_order", "ignore", "only", "recipe"} & options.keys():
         options["recipe"] = merged.recipe
     return quantize(source, out, calibration=calibration, force=force, **options)
 
@@ -123,7 +127,7 @@ def evaluate(
     text: str,
     *,
     against: Any = None,
-    length: int = 1024,
+    length: int | None = None,
     windows: int | None = None,
     tokenizer: Any = None,
     trust_remote_code: bool = False,
@@ -132,7 +136,8 @@ def evaluate(
     """Perplexity of a model on `text`, and with `against` (its original) KL, top-1 agreement and both perplexities.
 
     Models are directories, hub ids, .gguf files or transformers models. The text is cut into consecutive windows of
-    `length` tokens, of which the first `windows` are used.
+    `length` tokens (1024, or as many as the model can read), of which the first `windows` are used. Of models that do
+    not continue a text, what there is: KL and agreement, or the cosine of embeddings; they need `against`.
     """
     from .hf.load import load_with_tokenizer
 
@@ -143,9 +148,10 @@ def evaluate(
         raise UsageError("the model has no tokenizer; pass one")
     if isinstance(against, (str, Path)):
         against, _ = load_with_tokenizer(against, trust_remote_code=trust_remote_code)
+    length = length or min(1024, limit(model) or 1024)
     refuse_longer(length, model)
     ids = data.tokenize(tokenizer, text)
-    return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress)
+    return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress) | {"length": length}
 
 
 def _refuse_overlap(model: Any, out: Path) -> None:

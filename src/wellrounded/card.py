@@ -11,10 +11,11 @@ from typing import Any
 from .checkpoint import WEIGHT_SUFFIXES
 from .report import Report
 
-_USE = """```bash
+_CHAT = """```bash
 wellrounded chat {name}
 ```
-```python
+"""
+_USE = """```python
 import wellrounded
 model = wellrounded.load("{name}")
 ```
@@ -54,10 +55,10 @@ def card(report: Report) -> str:
     local = Path(report.source).exists() or report.source.count("/") != 1
     source = Path(report.source).name if local else report.source
     origin = "" if local else f"base_model: {source}\nbase_model_relation: quantized\n"
+    task, chat = ("pipeline_tag: text-generation\n", _CHAT) if report.generates else ("", "")
     return f"""---
 library_name: transformers
-pipeline_tag: text-generation
-{origin}tags: [gptq, {report.scheme.split()[0]}, wellrounded]
+{task}{origin}tags: [gptq, {report.scheme.split()[0]}, wellrounded]
 ---
 # {name}
 
@@ -71,7 +72,7 @@ pipeline_tag: text-generation
 Calibration: {calibration}. The figures compare with the original on text that was held out from calibration; every
 number, layer by layer, is in `quantization_report.json`.
 
-{_USE.format(name=name)}{"Linear layers that stayed dense:" + chr(10) + kept if kept else ""}"""
+{(chat + _USE).format(name=name)}{"Weights that stayed dense:" + chr(10) + kept if kept else ""}"""
 
 
 def short_card(name: str, config: dict[str, Any]) -> str:
@@ -85,7 +86,7 @@ tags: [gptq, {config["bits"]}-bit, wellrounded]
 
 A model in the GPTQ format, {config["bits"]} bits, groups of {config["group_size"]}.
 
-{_USE.format(name=name)}"""
+{(_CHAT + _USE).format(name=name)}"""
 
 
 def to_json(content: Any) -> str:

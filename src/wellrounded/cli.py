@@ -123,8 +123,16 @@ def _quantize(verbs: Any) -> None:
         action="append",
         default=[],
         metavar="PATTERN",
-        help="keep layers dense in whose name this regular expression is found (repeatable)",
+        help="keep weights dense in whose name this regular expression is found (repeatable)",
     )
+    scheme.add_argument(
+        "--only",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="keep weights dense in whose name no such regular expression is found (repeatable)",
+    )
+    scheme.add_argument("--lm-head", action="store_true", help="quantize the output head too")
     _calibration(verb)
     run = verb.add_argument_group("the run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
@@ -167,7 +175,7 @@ def _eval(verbs: Any) -> None:
     _model(verb)
     verb.add_argument("--against", metavar="ORIGINAL", help="the original: adds KL, top-1 agreement, its perplexity")
     verb.add_argument("--text", action="append", metavar="FILE", help="text to evaluate on (repeatable)")
-    verb.add_argument("--length", type=int, default=1024, metavar="N", help="tokens per window (default: 1024)")
+    verb.add_argument("--length", type=int, metavar="N", help="tokens per window (default: 1024, or what can be read)")
     verb.add_argument(
         "--windows", type=_positive, metavar="N", help="use the first N windows (default: all, 16 of builtin)"
     )

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .core.fidelity import Fidelity, Perplexity
+from .core.fidelity import Fidelity, Likeness, Perplexity, measure
 from .errors import UsageError
 
 
@@ -36,30 +36,43 @@ def evaluate(
     """Perplexity of `model` on windows int64 [n, length], every token predicted from those before it in its window.
 
     With `against`, the original, also its perplexity, KL(original || model) in nats per token and top-1 agreement.
+    Models that continue no text have no perplexity, and those without a head only the cosine of their embeddings: they
+    need `against`.
     """
     started = time.perf_counter()
-    alone, both = Perplexity(), Fidelity()
+    alone = Perplexity()
+    both: Fidelity | Likeness | None = None
+    causal = getattr(model, "can_generate", lambda: True)()
+    if against is None and not causal:
+        raise UsageError(
+            f"{type(model).__name__} predicts no next tokens; compare it with its original: --against MODEL"
+        )
     for done, window in enumerate(windows.split(1)):
-        logits = _logits(model, window)
+        output, is_logits = _output(model, window)
         if against is None:
-            alone.update(logits, window.to(logits.device))
+            alone.update(output, window.to(output.device))
         else:
-            original = _logits(against, window).to(logits.device)
-            if original.shape != logits.shape:
+            original = _output(against, window)[0].to(output.device)
+            if original.shape != output.shape:
                 raise UsageError(
-                    f"the models know {logits.shape[-1]} and {original.shape[-1]} tokens; name the original of this one"
+                    f"the models know {output.shape[-1]} and {original.shape[-1]} tokens; name the original of this one"
                 )
-            both.update(original, logits, window.to(logits.device))
+            both = both or measure(output, is_logits, causal)
+            both.update(original, output, window.to(output.device))
         tell(done + 1, len(windows))
-    figures = alone if against is None else both.quantized
-    result: dict[str, Any] = {"perplexity": figures.value, "tokens": figures.tokens}
-    if against is not None:
-        compared = both.to_dict()
-        result["against"] = {"perplexity": compared["original_perplexity"]}
-        result |= {key: compared[key] for key in ("kl_mean", "kl_median", "kl_p99", "top1_agreement")}
+    if both is None:
+        result: dict[str, Any] = {"perplexity": alone.value, "tokens": alone.tokens}
+    else:
+        result = both.to_dict()
+        if "perplexity" in result:
+            result["against"] = {"perplexity": result.pop("original_perplexity")}
     return result | {"seconds": time.perf_counter() - started}
 
 
-def _logits(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+def _output(model: nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, bool]:
+    """The logits, and True; or, of a model without a head, its last hidden states."""
     device = next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-    return model(input_ids=ids.to(device), use_cache=False).logits
+    causal = getattr(model, "can_generate", lambda: True)()
+    output = model(input_ids=ids.to(device), **({"use_cache": False} if causal else {}))
+    logits = getattr(output, "logits", None)
+    return (output[0], False) if logits is None else (logits, True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -13,16 +14,18 @@ from torch import nn
 
 from . import __version__, card
 from .calibration import Calibration
-from .checkpoint import Source, Writer
+from .checkpoint import Reader, Source, Writer
 from .core import gptq
-from .core.fidelity import Fidelity
+from .core.fidelity import Fidelity, Likeness, measure
 from .core.hessian import Hessian
 from .core.recipe import Recipe, role_of
 from .core.weight import QuantizedWeight
+from .errors import CheckpointError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
+from .model.experts import Experts
 from .model.siblings import Bank, Member, Siblings
 from .model.walk import BlockWalk, Stream
 from .plan import UNUSED, make_plan
@@ -64,17 +67,21 @@ class Run:
         settings: gptq.Settings,
         device: str = "cpu",
         batch: int | None = None,
+        lm_head: bool = False,
     ) -> None:
         self.batch = batch
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
-        self.walk = BlockWalk(source.model, source.read, device)
+        pictures = calibration is not None and bool(calibration.windows.more)
+        self.walk = BlockWalk(source.model, source.read, device, towers=pictures)
         self.parameters = sum(p.numel() for p in source.model.parameters())
-        self.plan = make_plan(source.model, self.walk.names, recipe)
+        self.plan = make_plan(source.model, self.walk.names, recipe, lm_head)
         self.parts = self._parts()
         self.owners = self._owners()
         self.shared: dict[str, QuantizedWeight] = {}  # by name of its owner
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
+        self.report.expert_modules = [n for n, m in source.model.named_modules() if isinstance(m, Experts)]
+        self.report.generates = getattr(source.model, "can_generate", lambda: True)()
         self.report.notes, self.report.overlooked_weights = self.plan.notes(), self.plan.overlooked
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
@@ -95,7 +102,7 @@ class Run:
             known = self._known(index, mine, [*dense, *calibrating])
             self.walk.advance(index, *dense)
             if name in writer.finished:
-                self._replay(name, block, writer)
+                self._replay(name, writer)
                 self.walk.advance(index, *calibrating)
             else:
                 tensors, results = self._quantize_block(index, mine, known, calibrating)
@@ -103,12 +110,33 @@ class Run:
             self.walk.advance(index, *quantized)
             done = time.perf_counter() - started
             tell(Progress(index + 1, len(self.walk.names), done, name))
-        self.report.fidelity = self._fidelity(dense, quantized)
+        packed_head = self._quantize_head(writer, calibrating) if self.plan.head else None
+        self.report.fidelity = self._fidelity(dense, quantized, packed_head)
         self.report.calibration = self.calibration.to_dict() if self.calibration else None
         self.report.parameters = self.parameters
         self.report.source_bytes, self.report.peak_rss_bytes = self.source.bytes, peak_rss_bytes()
         self.report.seconds = {"total": time.perf_counter() - started}
         return self.report
+
+    def _quantize_head(self, writer: Store, calibrating: list[Stream]) -> nn.Parameter:
+        """Solve the output head on what reaches it; the weight that it then has. The model keeps its own."""
+        name = self.plan.head
+        head = self.source.model.get_submodule(name)
+        dense = head.weight  # tied ones are the embeddings' too, which stay as they are
+        if name in writer.finished:
+            self._replay(name, writer)
+        else:
+            hessian = Hessian(layers_of.shape_of(head)[1], dense.device) if calibrating else None
+            for stream in calibrating:
+                for batch, mask in enumerate(stream.masks):
+                    hessian.update(self.walk.reaching(head, stream, batch), mask)
+            member = Member([name], hessian, hessian.tokens if hessian else 0)
+            for quantized, result in self._solve("", self.source.model, [member]):
+                writer.add(name, self._to_disk(name, quantized), [asdict(result)])
+                self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
+                self._place(head, quantized)
+        packed, head.weight = head.weight, dense
+        return packed
 
     def _streams(self) -> tuple[list[Stream], list[Stream], list[Stream]]:
         """Calibration windows, and the held-out ones twice: through the dense blocks and through the quantized."""
@@ -116,11 +144,11 @@ class Run:
             return [], [], []
         windows, held = self.calibration.windows, self.calibration.held_out
         batch = self.batch or max(1, BATCH_TOKENS // windows.length)
-        calibrating = [self.walk.stream(windows.ids, windows.mask, batch)]
+        calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more)]
         if not len(held):
             return calibrating, [], []
         # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
-        return calibrating, *([self.walk.stream(held.ids, held.mask, batch=1)] for _ in range(2))
+        return calibrating, *([self.walk.stream(held.ids, held.mask, 1, held.more)] for _ in range(2))
 
     def _owners(self) -> dict[str, str]:
         """Planned layers that share their weight with one before them, and which: that one is solved, and stored."""
@@ -204,8 +232,8 @@ class Run:
 
     def _solve(self, block_name: str, block: nn.Module, members: list[Member]) -> Iterator[Solved]:
         """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together."""
-        for names, stack in same_scheme(members, lambda name: self.plan.schemes[f"{block_name}.{name}"]):
-            full = [[f"{block_name}.{name}" for name in one] for one in names]
+        for names, stack in same_scheme(members, lambda name: self.plan.schemes[f"{block_name}.{name}".lstrip(".")]):
+            full = [[f"{block_name}.{name}".lstrip(".") for name in one] for one in names]
             weights = [
                 [self._dense_weight(block.get_submodule(n), f) for n, f in zip(*both)] for both in zip(names, full)
             ]
@@ -228,13 +256,12 @@ class Run:
         if name in self.owners.values():
             self.shared[name] = quantized
 
-    def _replay(self, name: str, block: nn.Module, writer: Writer) -> None:
+    def _replay(self, name: str, writer: Store) -> None:
         """Take a block that an earlier run finished from its part."""
         stored = writer.read_part(name)
         for note in writer.finished[name]:
             result = LayerResult(**note)
-            inside = result.name.removeprefix(f"{name}.")
-            layer = block.get_submodule(inside)
+            layer = self.source.model.get_submodule(result.name)
             outputs, inputs = layers_of.shape_of(layer)
             prefix = self.source.packed_name(result.name)
             tensors = {t.removeprefix(f"{prefix}."): v for t, v in stored.items() if t.startswith(f"{prefix}.")}
@@ -278,25 +305,66 @@ class Run:
             parts[owners[0] if owners else OUTSIDE].append(stored)
         return parts
 
-    def _fidelity(self, dense: list[Stream], quantized: list[Stream]) -> dict[str, float | int] | None:
-        """KL, perplexity and agreement on the held-out windows, from the two streams that went through the blocks."""
+    def _fidelity(
+        self, dense: list[Stream], quantized: list[Stream], packed_head: nn.Parameter | None
+    ) -> dict[str, float | int] | None:
+        """How far the two streams of held-out windows are apart that went through the blocks, and then the head."""
         if not dense:
             return None
-        fidelity = Fidelity()
+        causal = self.report.generates
+        kept: Fidelity | Likeness | None = None
         for before, after in zip(dense, quantized):
             for batch, (ids, mask) in enumerate(zip(before.ids, before.masks)):
-                fidelity.update(self.walk.logits(before, batch), self.walk.logits(after, batch), ids, mask)
-        return fidelity.to_dict()
+                original, is_logits = self.walk.output(before, batch)
+                with self._head_with(packed_head):
+                    other, _ = self.walk.output(after, batch)
+                kept = kept or measure(original, is_logits, causal)
+                kept.update(original, other, ids, mask)
+        return kept.to_dict() if kept else None
+
+    @contextmanager
+    def _head_with(self, weight: nn.Parameter | None) -> Iterator[None]:
+        head = self.source.model.get_submodule(self.plan.head) if weight is not None else None
+        dense = head.weight if head is not None else None
+        try:
+            if head is not None:
+                head.weight = weight
+            yield
+        finally:
+            if head is not None:
+                head.weight = dense
 
     def _finish(self, writer: Writer, started: float) -> None:
         self.report.out = str(writer.out)
-        writer.finish([OUTSIDE, *self.walk.names], lambda directory: self._write_rest(directory, started))
+        parts = [OUTSIDE, *self.walk.names, *([self.plan.head] if self.plan.head else [])]
+        writer.finish(parts, lambda directory: self._write_rest(directory, started))
+
+    def _account(self, names: Container[str]) -> dict[str, int]:
+        """What became of the source's tensors, the result's being called `names`.
+
+        Raises CheckpointError for one that is neither there nor packed: that would be our fault, and is never silent.
+        """
+        counts = {"quantized": 0, "copied": 0, "not_in_model": 0}
+        for stored, made in self.source.made.items():
+            if stored in names:
+                counts["copied" if made else "not_in_model"] += 1
+                continue
+            layers = (
+                (self.owners.get(layer, layer), leaf) for layer, _, leaf in (name.rpartition(".") for name in made)
+            )
+            each = [(self.source.packed_name(layer), leaf) for layer, leaf in layers]
+            if not made or not all(f"{n}.qweight" in names or f"{n}.{leaf}" in names for n, leaf in each):
+                raise CheckpointError(f"{stored} of the source is neither copied nor packed in the result; report this")
+            counts["quantized"] += 1
+        return counts
 
     def _write_rest(self, directory: Path, started: float) -> None:
+        self.report.tensors = self._account(Reader(directory).places)
         self.source.write_files(directory)
         self.report.size_bytes = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
         self.report.seconds = {"total": time.perf_counter() - started}
-        card.write_files(directory, self.source.config, self.stored_config(), self.report)
+        untied = {"tie_word_embeddings": False} if self.plan.head else {}
+        card.write_files(directory, {**self.source.config, **untied}, self.stored_config(), self.report)
 
     def request(self) -> dict[str, Any]:
         """What decides every byte of the result, JSON-ready: a run is continued only by an equal request."""
@@ -311,5 +379,6 @@ class Run:
     def stored_config(self) -> dict[str, Any]:
         """The `quantization_config` of the result; how the codes were found is in it too, though no reader needs it."""
         meta = {"damp_percent": self.settings.damping, "order": self.settings.order}
-        stored = config_format.to_config(self.recipe, self.version, self.plan.kept, meta)
+        kept = [*self.plan.kept, *(self.source.packed_name(name) for name in self.plan.kept)]
+        stored = config_format.to_config(self.recipe, self.version, kept, meta, bool(self.plan.head))
         return {**stored, "true_sequential": self.settings.true_sequential}

@@ -31,12 +31,14 @@ class Plan:
     inputs   by full layer name, the number of inputs
     overlooked  what stays dense although nobody asked for it: its fraction of the model's parameters, weights that
              have the same place in several blocks (or experts) taken together, their numbers written as *
+    head     the output head's name if it is quantized too
     """
 
     schemes: dict[str, Scheme]
     kept: dict[str, str]
     inputs: dict[str, int]
     overlooked: dict[str, float]
+    head: str = ""
 
     def keep(self, name: str, reason: str, share: float) -> None:
         """Let a layer stay dense after all; `share` is its fraction of the model's parameters."""
@@ -50,10 +52,11 @@ class Plan:
         return objections(self.schemes, self.inputs, self.kept)
 
 
-def make_plan(model: nn.Module, blocks: list[str], recipe: Recipe) -> Plan:
-    """Ask the recipe about every layer of the named blocks.
+def make_plan(model: nn.Module, blocks: list[str], recipe: Recipe, lm_head: bool = False) -> Plan:
+    """Ask the recipe about every layer of the named blocks, and with `lm_head` about the output head.
 
-    Raises UsageError if not a single one can be quantized, or if experts of a layer would get different schemes.
+    Raises UsageError if not a single one can be quantized, if the head cannot, or if experts of a layer would get
+    different schemes.
     """
     schemes: dict[str, Scheme] = {}
     kept: dict[str, str] = {}
@@ -73,11 +76,28 @@ def make_plan(model: nn.Module, blocks: list[str], recipe: Recipe) -> Plan:
             elif scheme is not None:
                 schemes[name] = scheme
         _refuse_unequal_experts(module, block, recipe)
+    head = _head(model, recipe, schemes, inputs) if lm_head else ""
     if not schemes:
         first = next(iter(kept.items()), (blocks[0], "it holds no linear layer"))
         count, (name, reason) = len(inputs), first
         raise UsageError(f"nothing to quantize: all {count} linear layers stay dense, first {name}: {reason}")
-    return Plan(schemes, kept, inputs, _overlooked(model, blocks, recipe, schemes, kept))
+    return Plan(schemes, kept, inputs, _overlooked(model, blocks, recipe, schemes, kept), head)
+
+
+def _head(model: nn.Module, recipe: Recipe, schemes: dict[str, Scheme], inputs: dict[str, int]) -> str:
+    """The name of the output head, planned."""
+    module = getattr(model, "get_output_embeddings", lambda: None)()
+    name = next((name for name, one in model.named_modules() if one is module), "") if module is not None else ""
+    if not name or not layers_of.is_linear(module):
+        raise UsageError(f"the output head was asked for, but {type(model).__name__} has none that is a linear layer")
+    outputs, inputs[name] = layers_of.shape_of(module)
+    scheme = recipe.scheme_of(name)
+    if scheme is None:
+        raise UsageError(f"the output head was asked for, and {name} is ignored on request; leave one of them out")
+    if reason := scheme.refuses(inputs[name], outputs):
+        raise UsageError(f"the output head was asked for, but {name} cannot be packed: {reason}")
+    schemes[name] = scheme
+    return name
 
 
 def _routers(block: nn.Module) -> Iterator[str]:

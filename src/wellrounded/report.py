@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -56,6 +57,9 @@ class Report:
     peak_rss_bytes: int = 0
     notes: list[str] = field(default_factory=list)
     version: str = ""
+    generates: bool = True  # whether the model continues a text
+    expert_modules: list[str] = field(default_factory=list)
+    tensors: dict[str, int] = field(default_factory=dict)  # of the source: what became of them
 
     def coverage(self) -> dict[str, float]:
         """Fractions of all parameters of the model that were solved, rounded plainly, and kept dense."""
@@ -92,8 +96,10 @@ class Report:
             f"{role}, {part:.1%} of the model, stayed dense ({why}); if that is right: --ignore '{pattern}'"
             for role, part, why, pattern in self.unexplained()
         ]
-        if self.fidelity and not self.fidelity["kl_mean"] < 2.0:
+        if self.fidelity and not self.fidelity.get("kl_mean", 0.0) < 2.0:
             found.append(f"KL to the original is {self.fidelity['kl_mean']:.3g} nats per token: the model is damaged")
+        if self.fidelity and not self.fidelity.get("cosine_mean", 1.0) > 0.9:
+            found.append(f"embeddings have turned, cosine {self.fidelity['cosine_mean']:.3f}: the model is damaged")
         return found
 
     def unexplained(self) -> list[tuple[str, float, str, str]]:
@@ -110,6 +116,26 @@ class Report:
                 numbers = dict.fromkeys(re.findall(r"(?<![^.])\d+(?![^.])", name)[0] for name in kept)
                 pattern = pattern.replace(r"\d+", f"({'|'.join(numbers)})", 1)
             found.append((role, part, next(iter(kept.values())), f"^{pattern}$"))
+        return found
+
+    def experts(self) -> dict[str, dict[str, float]]:
+        """Per module of experts, how many calibration tokens reached each, and how many had to be filled in."""
+        layers: dict[str, dict[str, LayerResult]] = {module: {} for module in self.expert_modules}
+        for layer in self.layers:
+            module, _, expert = layer.name.rpartition(".")[0].rpartition(".")
+            layers.get(module, {}).setdefault(expert, layer)
+        found = {}
+        for module, each in layers.items():
+            if tokens := sorted(layer.tokens for layer in each.values()):
+                few = sum("from all experts" in (layer.fallback or "") for layer in each.values())
+                middle = tokens[len(tokens) // 2]
+                found[module] = {
+                    "count": len(tokens),
+                    "min": tokens[0],
+                    "median": middle,
+                    "max": tokens[-1],
+                    "filled": few,
+                }
         return found
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,9 +156,12 @@ class Report:
             "kept": self.kept,
             "overlooked": self.overlooked,
             "overlooked_weights": self.overlooked_weights,
+            "tensors": self.tensors,
+            "experts": self.experts() or None,
             "notes": self.notes,
             "problems": self.problems(),
             "version": self.version,
+            "generates": self.generates,
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -156,6 +185,10 @@ class Report:
                 f"kept dense {cover['kept']:.1%} of parameters",
             ),
         ]
+        if (found := list(self.experts().values())) and self.calibration:
+            few, of = sum(x["filled"] for x in found), sum(x["count"] for x in found)
+            spread = f"{min(x['min'] for x in found):,} to {max(x['max'] for x in found):,} tokens each"
+            rows.append(("experts", f"{of:,} in {len(found)} layers, {spread}; {few:,} filled in from all of a layer"))
         measured = [x for x in self.layers if x.error_db is not None]
         if measured:
             mean = sum(x.error_db or 0 for x in measured) / len(measured)
@@ -168,13 +201,7 @@ class Report:
                     f"worst {worst.error_db:.1f} dB in {worst.name}",
                 )
             )
-        if self.fidelity:
-            f = self.fidelity
-            rows += [
-                ("perplexity", f"{f['perplexity']:.2f}, original {f['original_perplexity']:.2f}"),
-                ("KL to original", f"{f['kl_mean']:.4f} mean, {f['kl_median']:.4f} median, {f['kl_p99']:.3f} at 99%"),
-                ("same top token", f"{f['top1_agreement']:.1%} of {f['tokens']:,} held-out tokens"),
-            ]
+        rows += fidelity_rows(self.fidelity or {})
         rows.append(
             ("time", f"{self.seconds.get('total', 0):.0f} s, peak memory {self.peak_rss_bytes / 2**30:.2f} GiB")
         )
@@ -191,6 +218,22 @@ class Report:
         """Take in one layer; bits_per_weight counts its scales and zeros."""
         self.layers.append(result)
         self._bits[result.name] = bits_per_weight
+
+
+def fidelity_rows(f: Mapping[str, float], digits: int = 2) -> list[tuple[str, str]]:
+    """What of these figures there is, as (label, value) rows; `digits` of perplexities."""
+    rows = []
+    if "perplexity" in f:
+        original = f", original {f['original_perplexity']:.{digits}f}" if "original_perplexity" in f else ""
+        rows.append(("perplexity", f"{f['perplexity']:.{digits}f}{original}"))
+    if "kl_mean" in f:
+        kl = f"{f['kl_mean']:.4f} mean, {f['kl_median']:.4f} median, {f['kl_p99']:.3f} at 99%"
+        label, unit = ("same top token", " tokens") if "perplexity" in f else ("same first choice", "")
+        rows += [("KL to original", kl), (label, f"{f['top1_agreement']:.1%} of {f['tokens']:,} held-out{unit}")]
+    if "cosine_mean" in f:
+        pooled = f"{f['cosine_mean']:.4f} mean, {f['cosine_worst']:.4f} worst of the windows"
+        rows.append(("cosine", f"{pooled}, {f['cosine_tokens']:.4f} token by token"))
+    return rows
 
 
 def error_db(weight: torch.Tensor, quantized: QuantizedWeight, second_moment: torch.Tensor) -> float:

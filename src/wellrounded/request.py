@@ -25,7 +25,7 @@ NONE = "none"  # calibration="none": plain rounding, in seconds
 class Request:
     """The options of `wellrounded.quantize`, which explains them, and those that only transformers' GPTQConfig has:
 
-    only        endings of layers' names; every other linear layer stays dense
+    endings     of layers' names; every other linear layer stays dense
     batch       windows per forward pass; by default as many as keep the machine busy
     min_tokens  calibration data of fewer tokens is refused
 
@@ -42,6 +42,8 @@ class Request:
     seed: int = 0
     ignore: Sequence[str] = ()
     only: Sequence[str] = ()
+    lm_head: bool = False
+    endings: Sequence[str] = ()
     recipe: Recipe | None = None
     settings: Settings = field(default_factory=Settings)
     device: str = "auto"
@@ -51,17 +53,18 @@ class Request:
     def __post_init__(self) -> None:
         if self.recipe is None:  # a wrong value is said at once, before anything is read
             Scheme(self.bits, 128 if self.group_size is None else self.group_size, self.sym, self.act_order)
-        if isinstance(self.ignore, str):
-            object.__setattr__(self, "ignore", [self.ignore])
-        for pattern in self.ignore:
-            Rule(pattern, None)
+        for name in ("ignore", "only"):
+            patterns = getattr(self, name)
+            object.__setattr__(self, name, [patterns] if isinstance(patterns, str) else list(patterns))
+            for pattern in getattr(self, name):
+                Rule(pattern, None)
 
     def run(self, source: Source) -> Run:
         """The run that carries it out. Raises UsageError if `source` and the request do not fit together."""
         recipe = self.recipe or self._recipe(source)
         calibration = None
         if not (isinstance(self.calibration, str) and self.calibration == NONE):
-            length = self.length or min(512, _limit(source.model) or 512)
+            length = self.length or min(512, limit(source.model) or 512)
             refuse_longer(length, source.model)
             vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
             calibration = data.gather(
@@ -73,26 +76,30 @@ class Request:
                 calibration = replace(
                     calibration, note="\n".join(filter(None, [calibration.note, f"{little} or more"]))
                 )
-        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch)
+        device = chosen_device(self.device)
+        return Run(source, recipe, calibration, self.settings, device, self.batch, self.lm_head)
 
     def _recipe(self, source: Source) -> Recipe:
         names = [name for name, module in source.model.named_modules() if layers_of.is_linear(module)]
         example = next(iter(names), "none")
-        for pattern in self.ignore:
-            tensors = [name for name, _ in source.model.named_parameters()]
-            if not any(re.search(pattern, name) for name in (*tensors, *(n.rpartition(".")[0] for n in tensors))):
-                raise UsageError(
-                    f"ignore={pattern!r} was asked for, but no layer's name holds it; layers are called like {example}"
-                )
-        for ending in self.only:
+        tensors = [name for name, _ in source.model.named_parameters()]
+        known = [*tensors, *(name.rpartition(".")[0] for name in tensors)]
+        for option, patterns, among in (("ignore", self.ignore, known), ("only", self.only, names)):
+            for pattern in patterns:
+                if not any(re.search(pattern, name) for name in among):
+                    raise UsageError(
+                        f"{option}={pattern!r} was asked for, but no layer's name holds it; layers are called like "
+                        f"{example}"
+                    )
+        for ending in self.endings:
             if not any(f".{name}".endswith(f".{ending}") for name in names):
                 raise UsageError(
                     f"only {ending!r} was asked for, but no layer's name ends so; layers are called like {example}"
                 )
 
         def recipe(group_size: int) -> Recipe:
-            whole = Recipe.ignoring(Scheme(self.bits, group_size, self.sym, self.act_order), list(self.ignore))
-            return Recipe(whole.scheme, (*whole.rules, Rule.all_but(self.only))) if self.only else whole
+            whole = Recipe.of(Scheme(self.bits, group_size, self.sym, self.act_order), self.ignore, self.only)
+            return Recipe(whole.scheme, (*whole.rules, Rule.all_but(self.endings))) if self.endings else whole
 
         inputs = _inputs(source, recipe(-1))
         if self.group_size is None:
@@ -107,14 +114,15 @@ class Request:
 
 def refuse_longer(length: int, model: Any) -> None:
     """Raises UsageError if the model cannot read windows of `length` tokens."""
-    limit = _limit(model)
-    if limit and length > limit:
-        raise UsageError(f"length={length} was asked for, but the model reads at most {limit} tokens; use {limit}")
+    most = limit(model)
+    if most and length > most:
+        raise UsageError(f"length={length} was asked for, but the model reads at most {most} tokens; use {most}")
 
 
-def _limit(model: Any) -> int | None:
-    limit = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    return limit if limit and limit > 0 else None  # XLNet says -1, for there is none
+def limit(model: Any) -> int | None:
+    """The most tokens that the model can read at once, as far as it says so."""
+    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return most if most and most > 0 else None  # XLNet says -1, for there is none
 
 
 def chosen_device(name: str) -> str:

@@ -119,12 +119,12 @@ def test_a_rule_matches_from_the_start_of_the_name():
 
 
 def test_ignored_layers_are_found_anywhere_in_the_name():
-    recipe = Recipe.ignoring(Scheme(), ["down_proj", r"layers\.0\.", "^head|tail$"])
+    recipe = Recipe.of(Scheme(), ["down_proj", r"layers\.0\.", "^head|tail$"])
     for name in ("a.down_proj", "down_proj", "model.layers.0.q_proj", "head.x", "x.tail"):
         assert recipe.scheme_of(name) is None
     for name in ("model.layers.10.q_proj", "x.head", "tail.x", "layersx0.q"):
         assert recipe.scheme_of(name) == Scheme()
-    assert Recipe.ignoring(Scheme(), []) == Recipe(Scheme())
+    assert Recipe.of(Scheme(), []) == Recipe(Scheme())
 
 
 @pytest.mark.parametrize("pattern", ["(", "[a", "*x"])
@@ -132,7 +132,7 @@ def test_a_pattern_that_is_not_a_regular_expression_is_refused(pattern):
     with pytest.raises(UsageError, match=f"pattern {re.escape(repr(pattern))} is not a regular expression: .+"):
         Rule(pattern, None)
     with pytest.raises(UsageError, match="is not a regular expression"):
-        Recipe.ignoring(Scheme(), [pattern])
+        Recipe.of(Scheme(), [pattern])
 
 
 # QuantizedWeight

@@ -51,7 +51,7 @@ def test_a_stored_group_index_is_never_declared_ignorable():
 RECIPES = [
     Recipe(Scheme()),
     Recipe(Scheme(bits=3, group_size=-1, symmetric=False, act_order=True)),
-    Recipe.ignoring(Scheme(bits=8), ["down_proj", r"layers\.0\."]),
+    Recipe.of(Scheme(bits=8), ["down_proj", r"layers\.0\."]),
     Recipe(
         Scheme(bits=4, group_size=64),
         (
@@ -119,7 +119,7 @@ def test_a_kept_layer_wins_over_a_rule_that_would_have_packed_it():
 
 
 def test_a_kept_layer_that_the_recipe_names_already_needs_no_second_rule():
-    recipe = Recipe.ignoring(Scheme(), ["router", "q_proj", "k_proj", "v_proj"])
+    recipe = Recipe.of(Scheme(), ["router", "q_proj", "k_proj", "v_proj"])
     kept = [f"{BLOCK}.mlp.router", *ATTENTION]
     dynamic = to_config(recipe, "gptq", kept=kept)["dynamic"]
     assert not any("layers" in key and "router" in key for key in dynamic)

@@ -54,6 +54,9 @@ class Calibration:
         digest = hashlib.sha256(f"{tuple(self.windows.ids.shape)}".encode())
         for tensor in (self.windows.ids, self.windows.mask):
             digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
+        for more in self.windows.more:
+            for name, tensor in sorted(more.items()):
+                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
         return digest.hexdigest()
 
     def describe(self) -> str:

@@ -29,6 +29,8 @@ class Row(NamedTuple):
 class Windows:
     """Token ids, int64 [n, length]; `mask`, bool [n, length], is False at padding, None when nothing is padded.
 
+    `more` has each window's other inputs of the model, tensors by name, if there are any: pictures, say.
+
     >>> windows = Windows(torch.arange(6).reshape(3, 2))
     >>> [batch.ids.tolist() for batch in windows.batches(2)]
     [[[0, 1], [2, 3]], [[4, 5]]]
@@ -36,13 +38,16 @@ class Windows:
 
     ids: Tensor
     mask: Tensor | None = None
+    more: tuple[dict[str, Tensor], ...] = ()
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def __getitem__(self, index: slice | Tensor) -> Windows:
         """The windows chosen by a slice, by positions or by a boolean choice: always `Windows`, never one row."""
-        return Windows(self.ids[index], None if self.mask is None else self.mask[index])
+        chosen = torch.arange(len(self))[index].tolist() if self.more else ()
+        more = tuple(self.more[window] for window in chosen)
+        return Windows(self.ids[index], None if self.mask is None else self.mask[index], more)
 
     @property
     def length(self) -> int:

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 from ..errors import UsageError
+from ..report import fidelity_rows
 from .terminal import print_json, print_table, progress
 
 BUILTIN_WINDOWS = 16
@@ -36,18 +37,10 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
         return 0
-    rows = [("perplexity", f"{result['perplexity']:.3f}")]
-    if args.against:
-        rows += [
-            ("original", f"{result['against']['perplexity']:.3f}"),
-            (
-                "KL to original",
-                f"{result['kl_mean']:.4f} mean, {result['kl_median']:.4f} median, {result['kl_p99']:.3f} at 99%",
-            ),
-            ("same top token", f"{result['top1_agreement']:.1%}"),
-        ]
+    original = {"original_perplexity": result["against"]["perplexity"]} if "against" in result else {}
+    rows = fidelity_rows({**result, **original}, digits=3)
     text_name = ", ".join(args.text) if args.text else "built-in English and code"
-    rows.append(("tokens", f"{result['tokens']:,} of {text_name}, windows of {args.length}"))
+    rows.append(("tokens", f"{result['tokens']:,} of {text_name}, windows of {result['length']}"))
     rows.append(("time", f"{result['seconds']:.0f} s"))
     print_table(rows, args.model)
     return 0

@@ -33,6 +33,8 @@ def run(args: argparse.Namespace) -> int:
             length=args.length,
             seed=args.seed,
             ignore=args.ignore,
+            only=args.only,
+            lm_head=args.lm_head,
             device=args.device,
             force=args.force,
             fresh=args.fresh,
@@ -51,8 +53,10 @@ def show(report: Report, as_json: bool, original: str | None) -> int:
         rows = [*report.summary(), *(("calibration", line) for line in used)]
         print_table(rows, f"{report.source} -> {report.out}")
         out = shlex.quote(report.out)
-        stdout.print(f"\nrun it:   wellrounded chat {out}")
-        if not report.notes:
+        stdout.print(
+            f"\nrun it:   wellrounded chat {out}" if report.generates else f"\nload it:  wellrounded.load({out!r})"
+        )
+        if report.generates and not report.notes:
             stdout.print(f"serve it: vllm serve {out}")
         if original:
             stdout.print(f"check it: wellrounded eval {out} --against {shlex.quote(original)}")

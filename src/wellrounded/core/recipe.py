@@ -56,11 +56,17 @@ class Recipe:
         return self.scheme
 
     @classmethod
-    def ignoring(cls, scheme: Scheme, patterns: list[str]) -> Recipe:
-        """A recipe that keeps every layer dense in which one of `patterns` is found anywhere (`re.search`)."""
-        for pattern in patterns:
+    def of(cls, scheme: Scheme, ignore: Iterable[str] = (), only: Iterable[str] = ()) -> Recipe:
+        """`scheme` for the layers in whose name one of `only` is found (anywhere, `re.search`), and none of `ignore`.
+
+        >>> recipe = Recipe.of(Scheme(bits=4), ignore=["layers.0."], only=["mlp"])
+        >>> [recipe.scheme_of(name) is None for name in ("h.layers.0.mlp.up", "h.layers.1.mlp.up", "h.layers.1.attn.q")]
+        [True, False, True]
+        """
+        for pattern in (*ignore, *only):
             Rule(pattern, None)  # an error quotes what the user wrote, not what we make of it
-        return cls(scheme, tuple(Rule(f".*(?:{pattern})", None) for pattern in patterns))
+        rest = [Rule(rf"(?!.*(?:{'|'.join(f'(?:{pattern})' for pattern in only)}))", None)] if only else []
+        return cls(scheme, (*(Rule(f".*(?:{pattern})", None) for pattern in ignore), *rest))
 
 
 def role_of(name: str) -> str:

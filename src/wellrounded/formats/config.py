@@ -54,11 +54,14 @@ def patterns_for(names: Iterable[str]) -> list[str]:
     return list(_patterns(names))
 
 
-def to_config(recipe: Recipe, version: str, kept: Iterable[str] = (), meta: Json | None = None) -> Json:
+def to_config(
+    recipe: Recipe, version: str, kept: Iterable[str] = (), meta: Json | None = None, lm_head: bool = False
+) -> Json:
     """The JSON object for `config.json["quantization_config"]`.
 
     `kept` are full names of linears inside decoder blocks that stayed dense for whatever reason: engines that do not
     look at the tensors need a rule for each. `meta` is added to the informative part, beside the tool's version.
+    `lm_head` says that the output head is packed too.
     """
     if version not in VERSIONS:
         raise UsageError(f"version {version!r} was asked for; use 'gptq' or 'gptq_v2'")
@@ -69,7 +72,7 @@ def to_config(recipe: Recipe, version: str, kept: Iterable[str] = (), meta: Json
         "checkpoint_format": version,
         "format": version,
         "pack_dtype": "int32",
-        "lm_head": False,
+        "lm_head": lm_head,
         # Beside desc_act this promises a trivial g_idx, as AutoGPTQ wrote it: ours is not, so the promise is not made.
         "static_groups": not act_order,
         "meta": {"quantizer": [f"wellrounded:{__version__}"], **(meta or {})},

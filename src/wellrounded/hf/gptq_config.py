@@ -158,7 +158,7 @@ def request_of(config: transformers.GPTQConfig) -> Request:
         act_order=config.desc_act,
         calibration=_calibration(config.dataset),
         length=wish("model_seqlen", None),
-        only=_flat(config.modules_in_block_to_quantize),
+        endings=_flat(config.modules_in_block_to_quantize),
         settings=Settings(
             damping=wish("damp_percent", usual_settings.damping),
             true_sequential=wish("true_sequential", usual_settings.true_sequential),

@@ -9,7 +9,8 @@ what was recorded gives exactly what the model gives.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +21,7 @@ from torch import nn
 
 from ..errors import NumericsError, UsageError
 from .blocks import find_blocks
+from .blocks import towers as find_towers
 from .siblings import Bank, Batch, Siblings, observe, staged
 from .weights import Read, materialize, release
 
@@ -41,10 +43,15 @@ class Carried:
 
 
 class Stream:
-    """Token windows on their way through the blocks: one hidden state per batch, overwritten in place."""
+    """Token windows on their way through the blocks: one hidden state per batch, overwritten in place.
 
-    def __init__(self, ids: list[torch.Tensor], masks: list[torch.Tensor | None]) -> None:
-        self.ids, self.masks = ids, masks
+    `more` is what the model is given besides, batch by batch: pictures, say.
+    """
+
+    def __init__(
+        self, ids: list[torch.Tensor], masks: list[torch.Tensor | None], more: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        self.ids, self.masks, self.more = ids, masks, list(more) or [{} for _ in ids]
         self.hidden: list[torch.Tensor] = []
         self.calls: list[list[Call]] = []  # [batch][block]
         self.carried: list[dict[Carried, Any]] = []  # [batch], what later blocks are still to be given
@@ -53,15 +60,17 @@ class Stream:
 class BlockWalk:
     """Visits a model's blocks in order; only the visited one holds its weights.
 
-    `model` has its blocks' parameters on the meta device (see `hollow_copy`), `read` delivers them by name. What lies
-    outside the blocks (embeddings, norms, head) is read at once and stays.
+    `model` has its blocks' parameters on the meta device (see weights.meta_copy), `read` delivers them by name. What
+    lies outside the blocks (embeddings, norms, head) is read at once and stays; what serves pictures or sound only if
+    `towers` says so.
     """
 
-    def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu") -> None:
+    def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu", towers: bool = True) -> None:
         self.model, self.read, self.device = model, read, torch.device(device)
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
-        materialize(model, read, device=self.device, leave=tuple(f"{name}." for name in self.names))
+        leave = [*self.names, *(() if towers else find_towers(model))]
+        materialize(model, read, device=self.device, leave=tuple(f"{name}." for name in leave))
         self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
         self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
 
@@ -74,21 +83,30 @@ class BlockWalk:
             finally:
                 release(block)
 
-    def stream(self, ids: torch.Tensor, mask: torch.Tensor | None, batch: int) -> Stream:
-        """A stream of windows `ids` int64 [n, length], `mask` bool [n, length] or None, at the first block's door."""
-        parts = list(ids.to(self.device).split(batch))
-        masks = [None] * len(parts) if mask is None else list(mask.to(self.device).split(batch))
-        stream = Stream(parts, masks)
+    def stream(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, batch: int, more: Sequence[dict[str, Any]] = ()
+    ) -> Stream:
+        """A stream of windows `ids` int64 [n, length], `mask` bool [n, length] or None, at the first block's door.
+
+        `more` are each window's other inputs of the model, tensors by name; with them every window is a batch.
+        """
+        parts = list(ids.to(self.device).split(1 if more else batch))
+        masks = [None] * len(parts) if mask is None else list(mask.to(self.device).split(1 if more else batch))
+        stream = Stream(parts, masks, [{name: self._input(value) for name, value in one.items()} for one in more])
         if not self.called:
-            self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1])
-        for part, part_mask in zip(parts, masks):
-            hidden, calls = self._hollow_walk(part, part_mask)
+            self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1], stream.more[0])
+        for part, part_mask, besides in zip(parts, masks, stream.more):
+            hidden, calls = self._hollow_walk(part, part_mask, besides)
             stream.hidden.append(hidden)
             # Batches that give a block the same masks and rotary tables share them.
             twin = stream.calls[0] if stream.calls and _same(stream.calls[0], calls) else calls
             stream.calls.append(twin)
             stream.carried.append({})
         return stream
+
+    def _input(self, value: torch.Tensor) -> torch.Tensor:
+        """On the walk's device, and in the model's dtype if it has one: pictures come as float32."""
+        return value.to(self.device, self.model.dtype if value.is_floating_point() else value.dtype)
 
     @torch.no_grad()
     def advance(self, index: int, *streams: Stream) -> None:
@@ -132,14 +150,36 @@ class BlockWalk:
         carried |= {c: output[c.place] for c in wanted if c.block == index}
         stream.carried[batch] = carried
 
-    def logits(self, stream: Stream, batch: int) -> torch.Tensor:
-        """[batch, length, vocabulary]: the model's head on what the last block returned."""
+    def output(self, stream: Stream, batch: int) -> tuple[torch.Tensor, bool]:
+        """What the model makes of what the last block returned, and whether it is logits, not hidden states."""
 
         def last(hidden: torch.Tensor) -> torch.Tensor:
             return stream.hidden[batch]
 
         with self._hollow(None, last), torch.no_grad():
-            return self._call_model(stream.ids[batch], stream.masks[batch]).logits
+            output = self._call_model(stream.ids[batch], stream.masks[batch], stream.more[batch])
+        logits = getattr(output, "logits", None)
+        return (output[0], False) if logits is None else (logits, True)
+
+    def logits(self, stream: Stream, batch: int) -> torch.Tensor:
+        """[batch, length, vocabulary]: the model's head on what the last block returned."""
+        return self.output(stream, batch)[0]
+
+    def reaching(self, layer: nn.Module, stream: Stream, batch: int) -> torch.Tensor:
+        """What a layer behind the last block reads; nothing behind it runs."""
+        read: list[torch.Tensor] = []
+
+        def stop(layer: nn.Module, args: tuple) -> None:
+            read.append(args[0])
+            raise _Stop
+
+        handle = layer.register_forward_pre_hook(stop)
+        try:
+            with suppress(_Stop):
+                self.output(stream, batch)
+        finally:
+            handle.remove()
+        return read[0]
 
     def _run(self, index: int, stream: Stream, batch: int) -> Any:
         """What the block returns."""
@@ -149,7 +189,7 @@ class BlockWalk:
             return self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
         return self.blocks[index](hidden, *args, **kwargs)
 
-    def _learn(self, ids: torch.Tensor, mask: torch.Tensor | None) -> None:
+    def _learn(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
         """In which form blocks return their hidden state, and that each is called once, in the order of the list.
 
         Raises UsageError if they are not, or cannot be called without what others compute.
@@ -162,7 +202,7 @@ class BlockWalk:
 
         try:
             with suppress(_Stop), self._hollow(first, None), torch.no_grad():
-                self._call_model(ids, mask)
+                self._call_model(ids, mask, more)
         except ODD as error:
             raise self._cannot(f"{type(error).__name__}: {error}") from None
         if not seen:
@@ -192,7 +232,7 @@ class BlockWalk:
             states.clear()
             try:
                 with self._hollow(note, None), torch.no_grad():
-                    self._call_model(ids, mask)
+                    self._call_model(ids, mask, more)
                 break
             except ODD as error:
                 problem = f"{type(error).__name__}: {error}"
@@ -214,7 +254,9 @@ class BlockWalk:
             f"after another: {why}"
         )
 
-    def _hollow_walk(self, ids: torch.Tensor, mask: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
+    def _hollow_walk(
+        self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]
+    ) -> tuple[torch.Tensor, list[Call]]:
         """The hidden state that enters the first block, and what each block is given besides."""
         calls: list[Call] = [((), {}) for _ in self.blocks]
         entering: list[torch.Tensor] = []
@@ -228,11 +270,13 @@ class BlockWalk:
                 raise _Stop
 
         with suppress(_Stop), self._hollow(record, None), torch.no_grad():
-            self._call_model(ids, mask)
+            self._call_model(ids, mask, more)
         return entering[0], calls
 
-    def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None) -> Any:
-        return self.model(input_ids=ids, attention_mask=None if mask is None else mask.long(), use_cache=False)
+    def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> Any:
+        wanted = inspect.signature(self.model.forward).parameters
+        caching = {"use_cache": False} if "use_cache" in wanted or "kwargs" in wanted else {}
+        return self.model(input_ids=ids, attention_mask=None if mask is None else mask.long(), **more, **caching)
 
     @contextmanager
     def _hollow(self, record: Callable | None, last: Callable | None) -> Iterator[None]:
