@@ -16,7 +16,20 @@ LEVELS = {
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
     **dict.fromkeys(
-        ["nn", "ops", "packed_weight", "checkpoint", "report", "calibration", "card", "memory", "plan", "solving"], 3
+        [
+            "nn",
+            "ops",
+            "packed_weight",
+            "checkpoint",
+            "report",
+            "calibration",
+            "card",
+            "memory",
+            "plan",
+            "solving",
+            "ledger",
+        ],
+        3,
     ),
     **dict.fromkeys(["pipeline", "evaluation"], 4),
     **dict.fromkeys(["request"], 5),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,9 +20,9 @@ from .core.fidelity import Fidelity, Likeness, measure
 from .core.hessian import Hessian
 from .core.recipe import Recipe, role_of
 from .core.weight import QuantizedWeight
-from .errors import CheckpointError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
+from .ledger import OUTSIDE, Ledger
 from .memory import peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
@@ -33,7 +33,6 @@ from .report import LayerResult, Report
 from .solving import Solved, same_scheme, solve
 
 BATCH_TOKENS = 4096  # enough for matmuls at full speed
-OUTSIDE = "outside"  # the part that holds everything outside the blocks
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,8 @@ class Run:
         self.walk = BlockWalk(source.model, source.read, device, towers=pictures)
         self.parameters = sum(p.numel() for p in source.model.parameters())
         self.plan = make_plan(source.model, self.walk.names, recipe, lm_head)
-        self.parts = self._parts()
-        self.owners = self._owners()
+        self.ledger = Ledger(source, self.plan, self.walk.names)
+        self.owners = self.ledger.owners
         self.shared: dict[str, QuantizedWeight] = {}  # by name of its owner
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
@@ -96,7 +95,7 @@ class Run:
         started = time.perf_counter()
         calibrating, dense, quantized = self._streams()
         if OUTSIDE not in writer.finished:
-            writer.add(OUTSIDE, dict(self._dense_tensors(OUTSIDE)))
+            writer.add(OUTSIDE, dict(self.ledger.dense(OUTSIDE)))
         for index, name, block in self.walk:
             mine = self._mine(name, block)
             known = self._known(index, mine, [*dense, *calibrating])
@@ -132,7 +131,7 @@ class Run:
                     hessian.update(self.walk.reaching(head, stream, batch), mask)
             member = Member([name], hessian, hessian.tokens if hessian else 0)
             for quantized, result in self._solve("", self.source.model, [member]):
-                writer.add(name, self._to_disk(name, quantized), [asdict(result)])
+                writer.add(name, self.ledger.packed(name, quantized, self.version), [asdict(result)])
                 self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
                 self._place(head, quantized)
         packed, head.weight = head.weight, dense
@@ -149,13 +148,6 @@ class Run:
             return calibrating, [], []
         # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
         return calibrating, *([self.walk.stream(held.ids, held.mask, 1, held.more)] for _ in range(2))
-
-    def _owners(self) -> dict[str, str]:
-        """Planned layers that share their weight with one before them, and which: that one is solved, and stored."""
-        first: dict[int, str] = {}
-        weights = {name: self.source.model.get_submodule(name).weight for name in self.plan.schemes}
-        owners = {name: first.setdefault(id(weight), name) for name, weight in weights.items()}
-        return {name: owner for name, owner in owners.items() if owner != name}
 
     def _mine(self, name: str, block: nn.Module) -> list[str]:
         """The layers of a block that are to be solved; what it shares with earlier blocks gets their weights."""
@@ -183,10 +175,10 @@ class Run:
             for quantized, result in self._solve(block_name, block, members):
                 self._place(self.source.model.get_submodule(result.name), quantized)
                 self._share(result.name, quantized)
-                tensors |= self._to_disk(result.name, quantized)
+                tensors |= self.ledger.packed(result.name, quantized, self.version)
                 results.append(result)
                 self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
-        return tensors | dict(self._dense_tensors(block_name)), results
+        return tensors | dict(self.ledger.dense(block_name)), results
 
     def _observed(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]
@@ -275,36 +267,6 @@ class Run:
         for full in [full for full in self.plan.schemes if full.startswith(f"{name}.") and full not in solved]:
             self._leave(full)
 
-    def _to_disk(self, name: str, quantized: QuantizedWeight) -> dict[str, torch.Tensor]:
-        prefix = self.source.packed_name(name)
-        return {f"{prefix}.{k}": v for k, v in gptq_format.to_tensors(quantized, self.version).items()}
-
-    def _dense_tensors(self, part: str) -> Iterator[tuple[str, torch.Tensor]]:
-        """What of the source's tensors belongs to this part and stays as it is, bit by bit and under its own name.
-
-        One that the model makes several of, some of them a packed layer's, is replaced by those that are not packed.
-        """
-        for stored in self.parts[part]:
-            made = self.source.made[stored]
-            packed = [name for name in made if name.removesuffix(".weight") in self.plan.schemes]
-            together = len(made) > 1 and any(name.rpartition(".")[0] in self.plan.schemes for name in made)
-            if not packed and not together:
-                yield stored, self.source.read_stored(stored).contiguous()
-                continue
-            for name in (name for name in made if name not in packed):
-                layer, _, leaf = name.rpartition(".")
-                value = self.source.read(name)
-                assert value is not None
-                yield f"{self.source.packed_name(layer)}.{leaf}", value.contiguous()
-
-    def _parts(self) -> dict[str, list[str]]:
-        """Every tensor of the source by the part of the result that it belongs to: the first block that needs it."""
-        parts: dict[str, list[str]] = {part: [] for part in [OUTSIDE, *self.walk.names]}
-        for stored, made in self.source.made.items():
-            owners = [block for block in self.walk.names if any(name.startswith(f"{block}.") for name in made)]
-            parts[owners[0] if owners else OUTSIDE].append(stored)
-        return parts
-
     def _fidelity(
         self, dense: list[Stream], quantized: list[Stream], packed_head: nn.Parameter | None
     ) -> dict[str, float | int] | None:
@@ -339,27 +301,8 @@ class Run:
         parts = [OUTSIDE, *self.walk.names, *([self.plan.head] if self.plan.head else [])]
         writer.finish(parts, lambda directory: self._write_rest(directory, started))
 
-    def _account(self, names: Container[str]) -> dict[str, int]:
-        """What became of the source's tensors, the result's being called `names`.
-
-        Raises CheckpointError for one that is neither there nor packed: that would be our fault, and is never silent.
-        """
-        counts = {"quantized": 0, "copied": 0, "not_in_model": 0}
-        for stored, made in self.source.made.items():
-            if stored in names:
-                counts["copied" if made else "not_in_model"] += 1
-                continue
-            layers = (
-                (self.owners.get(layer, layer), leaf) for layer, _, leaf in (name.rpartition(".") for name in made)
-            )
-            each = [(self.source.packed_name(layer), leaf) for layer, leaf in layers]
-            if not made or not all(f"{n}.qweight" in names or f"{n}.{leaf}" in names for n, leaf in each):
-                raise CheckpointError(f"{stored} of the source is neither copied nor packed in the result; report this")
-            counts["quantized"] += 1
-        return counts
-
     def _write_rest(self, directory: Path, started: float) -> None:
-        self.report.tensors = self._account(Reader(directory).places)
+        self.report.tensors = self.ledger.account(Reader(directory).places)
         self.source.write_files(directory)
         self.report.size_bytes = sum(f.stat().st_size for f in directory.glob("*.safetensors"))
         self.report.seconds = {"total": time.perf_counter() - started}
@@ -372,6 +315,7 @@ class Run:
             "source": str(Path(self.source.label).resolve()) if Path(self.source.label).exists() else self.source.label,
             "tensors": self.source.fingerprint,
             "recipe": config_format.to_config(self.recipe, self.version),
+            "lm_head": bool(self.plan.head),
             "settings": asdict(self.settings),
             "calibration": self.calibration.digest if self.calibration else None,
         }
@@ -379,6 +323,6 @@ class Run:
     def stored_config(self) -> dict[str, Any]:
         """The `quantization_config` of the result; how the codes were found is in it too, though no reader needs it."""
         meta = {"damp_percent": self.settings.damping, "order": self.settings.order}
-        kept = [*self.plan.kept, *(self.source.packed_name(name) for name in self.plan.kept)]
-        stored = config_format.to_config(self.recipe, self.version, kept, meta, bool(self.plan.head))
+        recipe = Recipe(self.recipe.scheme, (*self.ledger.beyond(), *self.recipe.rules))
+        stored = config_format.to_config(recipe, self.version, self.ledger.kept(), meta, bool(self.plan.head))
         return {**stored, "true_sequential": self.settings.true_sequential}

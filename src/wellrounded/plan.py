@@ -86,11 +86,10 @@ def make_plan(model: nn.Module, blocks: list[str], recipe: Recipe, lm_head: bool
 
 def _head(model: nn.Module, recipe: Recipe, schemes: dict[str, Scheme], inputs: dict[str, int]) -> str:
     """The name of the output head, planned."""
-    module = getattr(model, "get_output_embeddings", lambda: None)()
-    name = next((name for name, one in model.named_modules() if one is module), "") if module is not None else ""
-    if not name or not layers_of.is_linear(module):
+    name = layers_of.output_head(model)
+    if not name or not layers_of.is_linear(model.get_submodule(name)):
         raise UsageError(f"the output head was asked for, but {type(model).__name__} has none that is a linear layer")
-    outputs, inputs[name] = layers_of.shape_of(module)
+    outputs, inputs[name] = layers_of.shape_of(model.get_submodule(name))
     scheme = recipe.scheme_of(name)
     if scheme is None:
         raise UsageError(f"the output head was asked for, and {name} is ignored on request; leave one of them out")
@@ -129,8 +128,8 @@ def _overlooked(
 ) -> dict[str, float]:
     inside = tuple(f"{block}." for block in blocks)
     tables = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    tables |= {id(p) for p in head.parameters()} if head is not None else set()
+    if head := layers_of.output_head(model):
+        tables |= {id(parameter) for parameter in model.get_submodule(head).parameters()}
     towers = layers_of.towers(model)
     total = sum(p.numel() for p in model.parameters())
     found: dict[str, float] = {}

@@ -32,7 +32,7 @@ def test_a_list_inside_a_block_is_not_mistaken_for_the_blocks():
 
 
 def test_a_model_without_a_list_of_blocks_is_refused():
-    with pytest.raises(UsageError, match=r"Sequential holds no list of blocks; .* block by block"):
+    with pytest.raises(UsageError, match=r"Sequential holds no list of blocks: .* block by block, so put"):
         find_blocks(nn.Sequential(nn.Linear(4, 4)))
 
 

@@ -18,10 +18,11 @@ from ..calibration import ENOUGH
 from ..checkpoint import Reader
 from ..core.scheme import Scheme
 from ..errors import UsageError
+from ..ledger import OUTSIDE
 from ..model.blocks import shape_of
 from ..model.experts import Experts, Layout, fused_experts, take_apart
 from ..nn import KEYS, QuantLinear
-from ..pipeline import OUTSIDE, Run
+from ..pipeline import Run
 from ..request import NONE, Request
 from .source import open_files
 from .stored import Names

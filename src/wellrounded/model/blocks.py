@@ -11,7 +11,7 @@ from ..errors import UsageError
 
 
 def find_blocks(model: nn.Module) -> list[str]:
-    """Names of the decoder blocks: the members of the ModuleList that holds the most parameters.
+    """Names of the blocks: the members of the ModuleList (or Sequential of like modules) that holds most parameters.
 
     Lists inside a block (experts, say) and lists of bare linear layers do not count. Where a model says which part of
     it reads text (`get_decoder`), the list is looked for there; and a list that lies less deep wins over one of at most
@@ -21,12 +21,22 @@ def find_blocks(model: nn.Module) -> list[str]:
     found = _lists(model.get_submodule(prefix), f"{prefix}." if prefix else "") or _lists(model, "")
     if not found:
         raise UsageError(
-            f"{type(model).__name__} holds no list of blocks; wellrounded quantizes block by block, and found no "
-            "torch.nn.ModuleList whose members hold linear layers"
+            f"{type(model).__name__} holds no list of blocks: no torch.nn.ModuleList, or Sequential of like modules, "
+            "whose members hold linear layers; wellrounded quantizes block by block, so put its layers into one"
         )
     largest = max(size for size, _ in found)
     chosen = min((name.count("."), -size, name) for size, name in found if 4 * size >= largest)[2]
     return [f"{chosen}.{i}" for i in range(len(model.get_submodule(chosen)))]  # type: ignore[arg-type]
+
+
+def output_head(model: nn.Module) -> str:
+    """The name of the layer that turns hidden states into logits, as the model says, or by its shape; "" if none."""
+    said = getattr(model, "get_output_embeddings", lambda: None)()
+    vocabulary = getattr(getattr(model, "config", None), "vocab_size", None)
+    for name, module in model.named_modules():
+        if module is said or (said is None and is_linear(module) and shape_of(module)[0] == vocabulary):
+            return name
+    return ""
 
 
 def towers(model: nn.Module) -> set[str]:
@@ -46,8 +56,7 @@ def towers(model: nn.Module) -> set[str]:
     if "." in text:  # "model.language_model": what lies beside it reads no text
         outer = model.get_submodule(text.rpartition(".")[0])
         names = (f"{text.rpartition('.')[0]}.{name}".strip(".") for name, _ in outer.named_children())
-        head = getattr(model, "get_output_embeddings", lambda: None)()
-        found |= {name for name in names if name != text and model.get_submodule(name) is not head}
+        found |= {name for name in names if name not in (text, output_head(model))}
     return found
 
 
@@ -61,7 +70,8 @@ def _lists(module: nn.Module, prefix: str) -> list[tuple[int, str]]:
     """Outermost lists of modules that hold linear layers, below `module`: (parameters, name)."""
     found: list[tuple[int, str]] = []
     for name, child in module.named_children():
-        if isinstance(child, nn.ModuleList):
+        like = isinstance(child, nn.Sequential) and len(child) > 1 and len({type(one) for one in child}) == 1
+        if isinstance(child, nn.ModuleList) or like:
             if any(linears(one) and not is_linear(one) for one in child):
                 found.append((sum(p.numel() for p in child.parameters()), f"{prefix}{name}"))
         else:

@@ -251,7 +251,7 @@ class BlockWalk:
     def _cannot(self, why: str) -> UsageError:
         return UsageError(
             f"{type(self.model).__name__}: its blocks ({self.names[0]} ... {self.names[-1]}) cannot be walked one "
-            f"after another: {why}"
+            f"after another: {why}; calibration='none' rounds them plainly, without a walk"
         )
 
     def _hollow_walk(
