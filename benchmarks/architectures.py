@@ -36,6 +36,7 @@ from wellrounded.request import Request
 
 WINDOWS, LENGTH, NEW = 80, 32, 8
 YES, NO = "yes", "no"
+BEGIN, END = "<!-- benchmarks/architectures.py -->", "<!-- end -->"
 ROUNDING = 2**-6  # of the largest logit: transformers computes some quantized models in another order than dense ones
 
 
@@ -192,6 +193,12 @@ def main() -> None:
         print(f"{state} {kind} ({rows[-1].seconds:.1f} s) {rows[-1].reason}", file=sys.stderr, flush=True)
     print(table(rows))
     print(number(rows))
+    if args.markdown:
+        text = args.markdown.read_text(encoding="utf-8")
+        before, _, rest = text.partition(BEGIN)
+        _, _, after = rest.partition(END)
+        made = f"transformers {transformers.__version__}: **{number(rows)}**.\n\n{table(rows, markdown=True)}\n"
+        args.markdown.write_text(f"{before}{BEGIN}\n{made}{END}{after}", encoding="utf-8")
 
 
 if __name__ == "__main__":

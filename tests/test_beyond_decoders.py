@@ -6,7 +6,13 @@ import re
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+)
 
 import tiny
 import wellrounded as wr
@@ -104,6 +110,39 @@ def test_padding_counts_in_no_comparison():
             measured.update(before, other, ids, mask)
             found.append(measured.to_dict())
         assert found[0] == found[1] and found[0]["tokens"] == 8
+
+
+# ---- encoder and decoder ----
+
+BOTH = {
+    "bart": {
+        "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 128, "decoder_ffn_dim": 128,
+        "encoder_attention_heads": 4, "decoder_attention_heads": 4, "max_position_embeddings": 64, "init_std": 0.1,
+    },
+    "t5": {"d_model": 64, "d_ff": 128, "d_kv": 16, "num_heads": 4, "num_layers": 2, "initializer_factor": 1.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_the_decoder_of_an_encoder_decoder_model_is_walked_and_the_encoder_named(kind, tmp_path):
+    special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    config = AutoConfig.for_model(kind, vocab_size=tiny.VOCABULARY, **special, **BOTH[kind])
+    torch.manual_seed(0)
+    model = AutoModelForSeq2SeqLM.from_config(config, dtype=torch.bfloat16).eval()
+    tiny.save(model, tmp_path / "dense")
+    report = tiny.quantize(tmp_path / "dense", tmp_path / "out", group_size=32)
+    assert all("decoder" in layer.name for layer in report.layers) and len(report.layers) == 2 * 10
+    problems = report.problems()
+    assert problems and [p for p in problems if "encoder" not in p or "outside the blocks" not in p] == []
+    loaded = wr.load(tmp_path / "out", kernel="reference", attn_implementation="eager")
+    tokens = tiny.ids(2, seed=7)
+    twin = tiny.twin(
+        AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "dense", attn_implementation="eager"), tmp_path / "out"
+    )
+    with torch.no_grad():
+        seen, expected = (m(input_ids=tokens, decoder_input_ids=tokens).logits for m in (loaded, twin.bfloat16()))
+    assert (seen - expected).norm() < 0.01 * expected.norm()
+    assert loaded.generate(tokens, max_new_tokens=4, min_new_tokens=4).shape[1] >= 4
 
 
 # ---- the output head ----

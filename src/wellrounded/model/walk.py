@@ -276,6 +276,8 @@ class BlockWalk:
     def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> Any:
         wanted = inspect.signature(self.model.forward).parameters
         caching = {"use_cache": False} if "use_cache" in wanted or "kwargs" in wanted else {}
+        if "decoder_input_ids" in wanted:  # an encoder-decoder model: it reads the text, and is to write it
+            caching["decoder_input_ids"] = ids
         return self.model(input_ids=ids, attention_mask=None if mask is None else mask.long(), **more, **caching)
 
     @contextmanager
