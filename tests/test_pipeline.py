@@ -411,7 +411,7 @@ def test_a_tensor_the_files_lack_is_named(llama, copy_of, tmp_path):
 
 def test_windows_longer_than_the_model_reads_are_refused(tmp_path):
     with pytest.raises(UsageError, match="length=512 was asked for, but the model reads at most 256 tokens; use 256"):
-        wr.quantize(one_block(), tmp_path / "out", calibration=tiny.ids())
+        wr.quantize(one_block(), tmp_path / "out", calibration=tiny.ids(), length=512)
 
 
 @pytest.mark.parametrize("place", ["source", "source/out", "."])

@@ -27,7 +27,7 @@ def quantize(
     act_order: bool = False,
     calibration: Any = None,
     samples: int = 128,
-    length: int = 512,
+    length: int | None = None,
     seed: int = 0,
     ignore: Sequence[str] = (),
     only: Sequence[str] = (),
@@ -46,8 +46,9 @@ def quantize(
     model        a hub id, a directory, a .gguf file, or a transformers model in memory (left untouched)
     group_size   columns that share a scale; by default 128 if it divides every layer's inputs, else 64, else 32
     calibration  a data set's name, a path, texts, chats, token ids, or several `wr.parse(...)`; by default text that
-                 comes with Python; "none" rounds plainly, without data
-    samples, length, seed   how many windows of how many tokens
+                 comes with Python; "none" rounds plainly, without data. Chats may hold pictures (docs/architectures.md)
+    tokenizer    for a model in memory; or a processor, which chats with pictures need (a directory's own is found)
+    samples, length, seed   how many windows of how many tokens: 512, or as many as the model can read
     ignore       regular expressions; a weight in whose name one is found stays dense
     only         regular expressions; a weight in whose name none is found stays dense
     lm_head      quantize the output head too; if it is tied to the embeddings, these stay as they are

@@ -153,7 +153,7 @@ def _calibration(verb: argparse.ArgumentParser) -> None:
         "NAME:split:num, or none for plain rounding (repeatable; default: builtin)",
     )
     data.add_argument("--samples", type=int, default=128, metavar="N", help="windows (default: 128)")
-    data.add_argument("--length", type=int, default=512, metavar="N", help="tokens per window (default: 512)")
+    data.add_argument("--length", type=int, metavar="N", help="tokens per window (default: 512, or what can be read)")
     data.add_argument("--seed", type=int, default=0, metavar="N", help="order of mixed sources (default: 0)")
 
 

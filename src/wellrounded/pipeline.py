@@ -94,6 +94,7 @@ class Run:
         """Quantize block after block into `writer`; the report, without what only a finished checkpoint has."""
         started = time.perf_counter()
         calibrating, dense, quantized = self._streams()
+        self.plan.excuse(self.walk.idle)
         if OUTSIDE not in writer.finished:
             writer.add(OUTSIDE, dict(self.ledger.dense(OUTSIDE)))
         for index, name, block in self.walk:
@@ -144,6 +145,8 @@ class Run:
         windows, held = self.calibration.windows, self.calibration.held_out
         batch = self.batch or max(1, BATCH_TOKENS // windows.length)
         calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more)]
+        if not self.plan.head:
+            calibrating[0].more = [{} for _ in calibrating[0].ids]  # pictures have done their part
         if not len(held):
             return calibrating, [], []
         # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from torch import nn
@@ -46,6 +46,12 @@ class Plan:
         self.kept[name] = reason
         role = role_of(f"{name}.weight")
         self.overlooked[role] = self.overlooked.get(role, 0.0) + share
+
+    def excuse(self, parts: Collection[str]) -> None:
+        """Parts that text does not reach are not overlooked: they serve pictures or sound."""
+        for names in (self.overlooked, self.kept):
+            for name in [name for name in names if any(name.startswith(f"{role_of(part)}.") for part in parts)]:
+                del names[name]
 
     def notes(self) -> list[str]:
         """Who will not load the result, as sentences."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -38,7 +39,7 @@ class Request:
     act_order: bool = False
     calibration: Any = None
     samples: int = 128
-    length: int | None = 512
+    length: int | None = None
     seed: int = 0
     ignore: Sequence[str] = ()
     only: Sequence[str] = ()
@@ -70,6 +71,7 @@ class Request:
             calibration = data.gather(
                 self.calibration, source.tokenizer, self.samples, length, self.seed,
                 vocab_size=vocabulary, min_tokens=self.min_tokens, little=self.min_tokens < length,
+                inputs=inspect.signature(source.model.forward).parameters,
             )  # fmt: skip
             if (tokens := calibration.windows.tokens) < data.ENOUGH:
                 little = f"calibrated on {tokens:,} tokens, hardly better than plain rounding; give {data.ENOUGH:,}"
@@ -121,7 +123,9 @@ def refuse_longer(length: int, model: Any) -> None:
 
 def limit(model: Any) -> int | None:
     """The most tokens that the model can read at once, as far as it says so."""
-    most = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config  # of a model with pictures, say
+    most = getattr(text, "max_position_embeddings", None)
     return most if most and most > 0 else None  # XLNet says -1, for there is none
 
 

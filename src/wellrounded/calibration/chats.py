@@ -16,7 +16,7 @@ Chat = list[dict[str, Any]]
 
 
 class Processor(NamedTuple):
-    """What makes a model's inputs of chats: its tokenizer, and `load`, which gives what reads pictures too, if any does.
+    """What makes inputs of chats: the model's tokenizer, and `load`, which gives what reads pictures too, if any does.
 
     What `load` gives has an `image_processor` and the `apply_chat_template` of transformers' processors; it is loaded
     when the first picture comes.
@@ -80,7 +80,9 @@ def _part(part: Any, where: str, folder: Path) -> dict[str, Any]:
         return {"type": "text", "text": said["text"]}
     if kind != "image":
         seen = f"content of type {kind!r}" if kind not in (None, "text") else f"content {part!r:.80}"
-        raise UsageError(f"{where}: {seen} is not supported; give {{'type': 'text', 'text'}} or {{'type': 'image', 'image'}}")
+        raise UsageError(
+            f"{where}: {seen} is not supported; give {{'type': 'text', 'text'}} or {{'type': 'image', 'image'}}"
+        )
     picture = next((said[key] for key in PICTURE if key in said), None)
     if picture is None:
         raise UsageError(f"{where}: an entry of type 'image' holds no picture; give it as 'image', an image or a path")
@@ -102,10 +104,11 @@ def with_pictures(chat: Sequence[Mapping[str, Any]], pictures: Sequence[Any], wh
         bare = is_picture(part) and all(part.get(key) is None for key in PICTURE)
         return {"type": "image", "image": left.pop(0)} if bare and left else part
 
-    turns = []
-    for turn in chat:
-        content = turn.get("content")
-        turns.append({**turn, "content": [filled(p) for p in content]} if isinstance(content, list) else dict(turn))
+    contents = [(turn, turn.get("content")) for turn in chat]
+    turns = [
+        {**turn, "content": [filled(part) for part in content]} if isinstance(content, (list, tuple)) else dict(turn)
+        for turn, content in contents
+    ]
     if left:
         raise UsageError(
             f"{where}: {len(left)} of its {len(pictures)} images have no place in the chat; "
@@ -131,7 +134,8 @@ def render(chat: Chat, template: Any) -> tuple[Chat, str]:
     Many templates read contents of one form only, a text or a list, and pass over the other without a word. Raises what
     the template raises if it takes the chat in no form.
     """
-    texts = [part["text"].strip() for turn in _in_parts(chat) for part in turn.get("content") or () if "text" in part]
+    contents = [turn.get("content") for turn in _in_parts(chat)]
+    texts = [part["text"].strip() for parts in contents if isinstance(parts, list) for part in parts if "text" in part]
     best: tuple[int, Chat, str] | None = None
     refusal: Exception | None = None
     for form in _forms(chat):
@@ -153,17 +157,17 @@ def render(chat: Chat, template: Any) -> tuple[Chat, str]:
 
 
 def _forms(chat: Chat) -> Iterator[Chat]:
-    """The chat as it is, with lists only and with texts only; pictures are in lists, and templates for them read those."""
+    """The chat as it is, with lists only and with texts only; what reads pictures mostly expects lists."""
     if holds_pictures(chat):
         yield _in_parts(chat)
         yield chat
         return
     yield chat
     yield _in_parts(chat)
-    joined = [(turn, turn.get("content")) for turn in chat]
+    contents = [(turn, turn.get("content")) for turn in chat]
     yield [
         {**turn, "content": "\n".join(part["text"] for part in content)} if isinstance(content, list) else turn
-        for turn, content in joined
+        for turn, content in contents
     ]
 
 

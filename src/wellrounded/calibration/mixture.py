@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import UsageError
-from . import builtin
+from . import builtin, pictures
+from .chats import Processor, holds_pictures, plain
 from .rows import Rows, check_ids, encode, sort_out
 from .sources import Given, Source, sources_of
 from .windows import Row, Windows, cut, join, pick
@@ -28,7 +30,8 @@ ENOUGH = 2048  # tokens: with fewer, the second moments of a layer's inputs say 
 class SourceUse:
     """What one source gave: windows asked, used and held out, tokens in those used, and rows that were dropped.
 
-    A dropped row is one that was blank, or that was not needed because there were more than enough.
+    A dropped row is one that was blank, or not needed because there were more than enough, or a chat with pictures
+    that is longer than a window.
     """
 
     name: str
@@ -53,10 +56,10 @@ class Calibration:
         """Equal for two runs exactly if they calibrate on the same tokens: what a resumed run compares."""
         digest = hashlib.sha256(f"{tuple(self.windows.ids.shape)}".encode())
         for tensor in (self.windows.ids, self.windows.mask):
-            digest.update(b"" if tensor is None else tensor.contiguous().numpy().tobytes())
-        for more in self.windows.more:
+            digest.update(b"" if tensor is None else _bytes(tensor))
+        for window, more in enumerate(self.windows.more):
             for name, tensor in sorted(more.items()):
-                digest.update(name.encode() + tensor.contiguous().numpy().tobytes())
+                digest.update(f"{window} {name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
         return digest.hexdigest()
 
     def describe(self) -> str:
@@ -89,9 +92,10 @@ class Calibration:
 class _Asked(NamedTuple):
     """What holds for every source of one call."""
 
-    tokenizer: Any
+    processor: Processor
     length: int
     vocab_size: int | None
+    inputs: Collection[str] | None
     min_tokens: int  # of one source; 0 where several are counted together
     little: bool  # whether less than a window will do
 
@@ -116,19 +120,23 @@ def gather(
     vocab_size: int | None = None,
     min_tokens: int = ENOUGH,
     little: bool = False,
+    inputs: Collection[str] | None = None,
 ) -> Calibration:
     """`samples` windows of `length` tokens and up to `held_out` others, from whatever the user names; deterministic.
 
     `calibration` is None for built-in text, a specification (see `parse`) or several parsed ones, or rows: texts, chats
     in the {"role", "content"} form, or token ids, the only kind that needs no `tokenizer`. Texts and ids of several
-    lengths are packed without padding. `seed` orders the windows of several sources; one source keeps its order. Token
-    ids are checked against `vocab_size`, and data of fewer than `min_tokens` tokens is refused. With `little`,
-    less than a window will do.
+    lengths are packed without padding. Chats with pictures need the model's processor as `tokenizer`, or a
+    `chats.Processor`; each becomes a window, and these are padded. `seed` orders the windows of several sources; one
+    source keeps its order. Token ids are checked against `vocab_size`, what pictures become against `inputs`, the names
+    of what the model takes, and data of fewer than `min_tokens` tokens is refused. With `little`, less than a window
+    will do.
     """
     _check_numbers(samples, length, held_out)
     sources = sources_of("builtin" if calibration is None else calibration)
     shares = _shares(sources, samples)
-    asked = _Asked(tokenizer, length, vocab_size, min_tokens if len(sources) == 1 else 0, little)
+    least = min_tokens if len(sources) == 1 else 0
+    asked = _Asked(Processor.of(tokenizer), length, vocab_size, inputs, least, little)
     parts = [_take(source, *numbers, asked) for source, *numbers in zip(sources, shares, _split(held_out, shares))]
     total = sum(part.tokens for part in parts)
     if total < min_tokens:
@@ -147,22 +155,38 @@ def gather(
 
 def _take(source: Source | Given, samples: int, held_out: int, asked: _Asked) -> _Part:
     """The share of one source, cut from its stream or picked from its rows."""
-    rows, passed_over = source.read((samples + held_out) * asked.length)
-    found = sort_out(rows, source.title)
-    tokens = check_ids(encode(found, asked.tokenizer, asked.length, source.title), asked.vocab_size, source.title)
+    read = source.read((samples + held_out) * asked.length)
+    found = sort_out(read.rows, source.title)
+    dropped, notes, kind = read.passed_over + found.blank, [], f"{found.kind}s"
+    if found.kind == "chat" and any(map(holds_pictures, found.items)):
+        kind = "chats with pictures"
+        tokens, too_long = _with_pictures(found, read.folder, samples + held_out, asked, source.title)
+        dropped += len(found.items) - len(tokens)
+        notes.append(too_long)
+    else:
+        tokens = check_ids(encode(found, asked.processor, asked.length, source.title), asked.vocab_size, source.title)
     if isinstance(tokens, Tensor) and asked.min_tokens <= len(tokens) < asked.length and asked.little:
         tokens = [Row(tokens)]  # one window, as long as it is
     available = _available(tokens, asked, source.title)
     divide = cut if isinstance(tokens, Tensor) else pick
     windows, kept_out = divide(tokens, asked.length, samples, held_out)
-    dropped, note = passed_over + found.blank, ""
     if not isinstance(tokens, Tensor):
         dropped += len(tokens) - len(windows) - len(kept_out)
         longer = sum(row.tokens > asked.length for row in tokens)
-        note = f"{longer} of {len(tokens)} rows were longer than {asked.length} tokens and are cut" if longer else ""
-    name = f"given {found.kind}s" if isinstance(source, Given) else source.title
+        cut_rows = f"{longer} of {len(tokens)} rows were longer than {asked.length} tokens and are cut"
+        notes.append(cut_rows if longer else "")
+    name = f"given {kind}" if isinstance(source, Given) else source.title
     use = SourceUse(name, samples, len(windows), dropped, windows.tokens, len(kept_out))
-    return _Part(windows, kept_out, use, available, note)
+    return _Part(windows, kept_out, use, available, "\n".join(filter(None, notes)))
+
+
+def _with_pictures(found: Rows, folder: Path, wanted: int, asked: _Asked, name: str) -> tuple[list[Row], str]:
+    """Chats with pictures as rows, enough of them for `wanted` windows, and a note about those that were too long."""
+    whole = asked.processor.whole(name)
+    chats = [plain(chat, f"{name}: chat {position}", folder) for position, chat in enumerate(found.items)]
+    read = pictures.encode(chats, whole, asked.length, wanted, asked.min_tokens, name)
+    pictures.refuse_blind(read.rows, asked.inputs, name)
+    return check_ids(read.rows, asked.vocab_size, name, read.places), read.note
 
 
 def _available(tokens: Tensor | list[Row], asked: _Asked, name: str) -> int:
@@ -181,9 +205,9 @@ def _proof_from_builtin(held_out: int, asked: _Asked) -> tuple[Windows, str]:
     """Windows of built-in text that `builtin` itself never calibrates on, and a sentence that says so."""
     nothing = Windows(torch.empty(0, asked.length, dtype=torch.int64))
     too_little = "too little data to hold any out"
-    if asked.tokenizer is None:
+    if asked.processor.tokenizer is None:
         return nothing, f"{too_little}, and no tokenizer for the built-in text: nothing is held out"
-    stream = encode(Rows("text", [builtin.proof_text()], 0), asked.tokenizer, asked.length, "builtin")
+    stream = encode(Rows("text", [builtin.proof_text()], 0), asked.processor, asked.length, "builtin")
     check_ids(stream, asked.vocab_size, "builtin")
     count = min(held_out, len(stream) // asked.length)
     if not count:
@@ -223,6 +247,10 @@ def _split(total: int, weights: Sequence[int]) -> list[int]:
     whole = sum(weights)
     bounds = [total * sum(weights[:i]) // whole for i in range(len(weights) + 1)] if whole else []
     return [after - before for before, after in itertools.pairwise(bounds)]
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def _plural(count: int, noun: str) -> str:

@@ -17,10 +17,11 @@ from .windows import Row, per_token
 
 
 class Read(NamedTuple):
-    """Rows, one per chat, and a sentence about the chats that were too long, if any were."""
+    """Rows, one per chat; the ids that stand for pictures; and a sentence about chats that were too long, if any."""
 
     rows: list[Row]
-    note: str = ""
+    places: list[int]
+    note: str
 
 
 def encode(chats: Sequence[Chat], whole: Any, length: int, rows: int, tokens: int, name: str) -> Read:
@@ -31,10 +32,13 @@ def encode(chats: Sequence[Chat], whole: Any, length: int, rows: int, tokens: in
     and if every chat with pictures is too long.
     """
     kept: dict[int, Row] = {}
+    held = 0  # tokens in those kept
     sizes: list[int] = []  # of the chats with pictures
     places = _placeholders(whole)
+    if not getattr(whole, "chat_template", None):
+        raise UsageError(f"{name}: chats need a chat template and the model's processor has none; give it one")
     for position in _spread(len(chats), rows):
-        if len(kept) >= rows and sum(row.tokens for row in kept.values()) >= tokens:
+        if len(kept) >= rows and held >= tokens:
             break
         chat, where = chats[position], f"{name}: chat {position}"
         row = _row(chat, whole, where)
@@ -44,6 +48,14 @@ def encode(chats: Sequence[Chat], whole: Any, length: int, rows: int, tokens: in
             if sizes[-1] > length:
                 continue
         kept[position] = row
+        held += min(row.tokens, length)
+    return Read([kept[position] for position in sorted(kept)], places, _about(sizes, length, name))
+
+
+def _about(sizes: list[int], length: int, name: str) -> str:
+    """A sentence about the chats with pictures if not all were used; UsageError if none was. `sizes` are in tokens."""
+    if not sizes:
+        return f"{name}: so few of its chats hold pictures that none of those is among the ones used"
     too_long = sum(size > length for size in sizes)
     if too_long == len(sizes):
         raise UsageError(
@@ -54,7 +66,7 @@ def encode(chats: Sequence[Chat], whole: Any, length: int, rows: int, tokens: in
         f"{name}: {too_long} of {len(sizes)} chats with pictures are longer than {length} tokens and left out, for a "
         f"picture cannot be cut; with a length (--length) of {max(sizes)} none would be"
     )
-    return Read([kept[position] for position in sorted(kept)], note if too_long else "")
+    return note if too_long else ""
 
 
 def refuse_blind(rows: Sequence[Row], inputs: Collection[str] | None, name: str) -> None:
@@ -65,19 +77,15 @@ def refuse_blind(rows: Sequence[Row], inputs: Collection[str] | None, name: str)
         brought = _brought(row)
         if brought and not any(key in inputs for key in brought):
             raise UsageError(
-                f"{name}: its chats hold pictures, which become {', '.join(brought)}, and the model takes none of these: "
-                "it reads text only; leave the pictures out, or name the model that they are for"
+                f"{name}: its chats hold pictures, which become {', '.join(brought)}, and the model takes none of "
+                "these: it reads text only; leave the pictures out, or name the model that they are for"
             )
 
 
-def placeholders(whole: Any) -> list[int]:
+def _placeholders(whole: Any) -> list[int]:
     """Ids of the tokens that stand for a picture, as far as the processor says; a vocabulary may end before them."""
-    return sorted(_placeholders(whole))
-
-
-def _placeholders(whole: Any) -> set[int]:
     own = [getattr(whole, "image_token_id", None), *(getattr(whole, "image_token_ids", None) or ())]
-    return {int(one) for one in own if one is not None}
+    return sorted({one for one in own if isinstance(one, int)})
 
 
 def _spread(count: int, wanted: int) -> Iterator[int]:
@@ -89,8 +97,6 @@ def _spread(count: int, wanted: int) -> Iterator[int]:
 
 def _row(chat: Chat, whole: Any, where: str) -> Row:
     """What the processor makes of one chat."""
-    if not getattr(whole, "chat_template", None):
-        raise UsageError(f"{where}: chats need a chat template and this processor has none; give it one")
     opened = [{**turn, "content": _opened(turn.get("content"), where)} for turn in chat]
     try:
         form, _ = render(opened, whole)
@@ -106,7 +112,9 @@ def _tensor(value: Any, key: str, where: str) -> Tensor:
         return torch.as_tensor(value).cpu()
     except (TypeError, ValueError, RuntimeError):
         seen = f"{key} as a {type(value).__name__} that is no tensor"
-        raise UsageError(f"{where}: the model's processor gives {seen}; such models cannot be calibrated on pictures") from None
+        raise UsageError(
+            f"{where}: the model's processor gives {seen}; such models cannot be calibrated on pictures"
+        ) from None
 
 
 def _brought(row: Row) -> list[str]:
@@ -114,11 +122,11 @@ def _brought(row: Row) -> list[str]:
     return [key for key, value in (row.more or {}).items() if not per_token(key, value, len(row.ids))]
 
 
-def _refuse_unread(row: Row, places: set[int], where: str) -> None:
+def _refuse_unread(row: Row, places: list[int], where: str) -> None:
     """Raise if the model would not learn of a picture, or where it stands."""
     if not _brought(row):
         raise UsageError(f"{where}: the model's processor makes nothing of its pictures; is it that of this model?")
-    if places and not places & set(row.ids.tolist()):
+    if places and not set(places) & set(row.ids.tolist()):
         raise UsageError(
             f"{where}: the chat template of the model's processor leaves its pictures out; "
             "give the processor a template that marks them"
@@ -132,7 +140,7 @@ def _opened(content: Any, where: str) -> Any:
 
 
 def _picture(picture: Any, where: str) -> Any:
-    """A PIL image, from one, a path, or {"bytes"} as data sets keep it; what lies in a file is read and decoded here."""
+    """A PIL image, from one, a path, or {"bytes"} as data sets keep it; a file is read and decoded here."""
     try:
         from PIL import Image
     except ImportError:

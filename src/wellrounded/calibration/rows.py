@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from ..errors import UsageError
+from .chats import Processor, plain, render, with_pictures
 from .windows import Row
 
 # Where a row of a data set keeps its content; the first of these columns that it has is the one used.
 COLUMNS = {"text": "text", "messages": "chat", "conversations": "chat", "input_ids": "token row"}
-ROLES = {"human": "user", "gpt": "assistant"}  # the names ShareGPT files use
 ACCEPTED = (
     "a list of texts, a list of chats (each a list of {'role', 'content'}), token ids (a list of lists, a 2-D tensor "
     "or dicts with input_ids), or dicts with one of the columns " + ", ".join(COLUMNS)
@@ -55,18 +55,20 @@ def column_of(columns: Iterable[str], where: str) -> str:
 
 def _unwrap(row: Any, where: str) -> tuple[str, Any] | None:
     """The kind of a row and its content, freed from the dict it may come in; None if there is nothing in it."""
-    wanted = mask = None
+    wanted = mask = pictures = None
     if isinstance(row, Mapping):
         column = column_of(row, where)
-        wanted, mask, row = COLUMNS[column], row.get("attention_mask"), row[column]
+        wanted, mask, pictures, row = COLUMNS[column], row.get("attention_mask"), row.get("images"), row[column]
     if row is None or (isinstance(row, str) and not row.strip()) or (isinstance(row, (list, tuple)) and not row):
         return None
     kind = _kind(row)
     if kind is None or wanted not in (None, kind):
         raise UsageError(f"{where}: seen {_shown(row)}, asked for a {wanted or 'row'}; give {ACCEPTED}")
+    if kind == "chat" and pictures:
+        row = with_pictures(row, pictures, where)
     if kind != "token row":
         return kind, row
-    ids = _ids_row(row, mask, where)
+    ids = ids_row(row, mask, where)
     return (kind, ids) if len(ids.ids) and (ids.mask is None or bool(ids.mask.any())) else None
 
 
@@ -83,7 +85,7 @@ def _shown(value: Any) -> str:
     return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
 
 
-def _ids_row(ids: Any, mask: Any, where: str) -> Row:
+def ids_row(ids: Any, mask: Any, where: str) -> Row:
     """Ids of shape [L] or [1, L], with a mask of the same shape or none."""
     row = Row(_vector(ids, f"{where}: input_ids"), None if mask is None else _vector(mask, f"{where}: attention_mask"))
     if row.mask is None:
@@ -108,14 +110,15 @@ def _vector(values: Any, where: str) -> Tensor:
     return tensor.to("cpu", torch.int64)
 
 
-def encode(rows: Rows, tokenizer: Any, length: int, name: str) -> Tensor | list[Row]:
+def encode(rows: Rows, processor: Processor, length: int, name: str) -> Tensor | list[Row]:
     """One stream of tokens to cut windows from, or rows to keep as they are: padded ones, or all of `length`."""
+    tokenizer = processor.tokenizer
     if rows.kind != "token row" and tokenizer is None:
         raise UsageError(f"{name}: {rows.kind}s need a tokenizer, and none was given; pass one, or give token ids")
     if rows.kind == "text":
         return _one_stream(rows.items, tokenizer)
     if rows.kind == "chat":
-        rendered = _render(rows.items, tokenizer, name)
+        rendered = _render(rows.items, processor.template(name), name)
         return torch.cat([tokenize(tokenizer, chat, add_special_tokens=False) for chat in rendered])
     if any(row.mask is not None for row in rows.items) or all(len(row.ids) == length for row in rows.items):
         return rows.items
@@ -133,23 +136,16 @@ def _one_stream(texts: list[str], tokenizer: Any) -> Tensor:
     return torch.cat(parts)
 
 
-def _render(chats: list[Any], tokenizer: Any, name: str) -> list[str]:
+def _render(chats: list[Any], template: Any, name: str) -> list[str]:
     """Chats as the model reads them, by its own template, which already marks where each begins and ends."""
-    if not getattr(tokenizer, "chat_template", None):
-        raise UsageError(f"{name}: chats need a chat template and this tokenizer has none; give texts instead")
     texts = []
     for position, chat in enumerate(chats):
+        turns = plain(chat, f"{name}: chat {position}")
         try:
-            texts.append(tokenizer.apply_chat_template([_message(turn) for turn in chat], tokenize=False))
-        except Exception as error:  # templates are programs and refuse in their own words, with their own exceptions
+            texts.append(render(turns, template)[1])
+        except Exception as error:
             raise UsageError(f"{name}: the model's chat template refuses chat {position}: {error}") from error
     return texts
-
-
-def _message(turn: Mapping[str, Any]) -> Mapping[str, Any]:
-    if "from" in turn and "role" not in turn:
-        return {"role": ROLES.get(turn["from"], turn["from"]), "content": turn["value"]}
-    return turn
 
 
 def tokenize(tokenizer: Any, text: str, **options: Any) -> Tensor:
@@ -162,17 +158,23 @@ def tokenize(tokenizer: Any, text: str, **options: Any) -> Tensor:
     return torch.tensor(tokenizer(text, **options)["input_ids"], dtype=torch.int64)
 
 
-def check_ids(tokens: Tensor | list[Row], vocab_size: int | None, name: str) -> Tensor | list[Row]:
-    """Every token that counts is inside the vocabulary; padding outside it, which is legal, becomes id 0."""
+def check_ids(
+    tokens: Tensor | list[Row], vocab_size: int | None, name: str, known: Sequence[int] = ()
+) -> Tensor | list[Row]:
+    """Every token that counts is inside the vocabulary; padding outside it, which is legal, becomes id 0.
+
+    `known` are ids that the model understands wherever its vocabulary ends.
+    """
     if isinstance(tokens, Tensor):
         _refuse_outside(tokens, vocab_size, name)
         return tokens
     checked = []
     for row in tokens:
-        ids = row.ids if row.mask is None else row.ids.masked_fill(~row.mask, 0)
-        _refuse_outside(ids, vocab_size, name)
-        strange = _outside(row.ids, vocab_size)
-        checked.append(Row(row.ids.masked_fill(strange, 0), row.mask))
+        understood = torch.isin(row.ids, torch.tensor(known, dtype=torch.int64))
+        counting = ~understood if row.mask is None else row.mask & ~understood
+        _refuse_outside(row.ids[counting], vocab_size, name)
+        strange = _outside(row.ids, vocab_size) & ~understood
+        checked.append(row._replace(ids=row.ids.masked_fill(strange, 0)))
     return checked
 
 

@@ -47,10 +47,14 @@ NAMES = (*KNOWN, "builtin")
 
 
 class Read(NamedTuple):
-    """Rows of a source, and how many of them were passed over because there were more than plenty."""
+    """Rows of a source, and how many of them were passed over because there were more than plenty.
+
+    `folder` is where the relative paths in the rows start.
+    """
 
     rows: list[Any]
     passed_over: int = 0
+    folder: Path = Path()
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,8 @@ class Source:
         if self.name == "builtin":
             return Read([builtin.text()])
         if self.name not in KNOWN and _is_file(self.name):
-            return thin(read_file(Path(self.name)), _plenty(tokens))
+            path = Path(self.name)
+            return thin(read_file(path), _plenty(tokens))._replace(folder=path.parent)
         return Read(_read_hub(self, _plenty(tokens)))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,10 +14,14 @@ FEWEST_ROWS_TO_HOLD_OUT = 8  # below this, a row is worth more in calibration th
 
 
 class Row(NamedTuple):
-    """One row of token ids, int64 [length]; `mask`, bool [length], is False where the row is only padding."""
+    """One row of token ids, int64 [length]; `mask`, bool [length], is False where the row is only padding.
+
+    `more` has what else the model is given with it, tensors by name, if there is anything.
+    """
 
     ids: Tensor
     mask: Tensor | None = None
+    more: Mapping[str, Tensor] | None = None
 
     @property
     def tokens(self) -> int:
@@ -99,25 +103,46 @@ def fit(row: Row, length: int) -> Row:
     """The row itself if it is short enough; else its first `length` tokens, not counting padding on either side."""
     if len(row.ids) <= length:
         return row
-    if row.mask is None:
-        return Row(row.ids[:length])
-    real = row.mask.nonzero()
-    start = int(real[0])
-    end = min(int(real[-1]) + 1, start + length)
-    return Row(row.ids[start:end], row.mask[start:end])
+    start, end = 0, length
+    if row.mask is not None:
+        real = row.mask.nonzero()
+        start = int(real[0])
+        end = min(int(real[-1]) + 1, start + length)
+    more = row.more and _with_tokens(row.more, len(row.ids), lambda tensor: tensor[:, start:end])
+    return Row(row.ids[start:end], None if row.mask is None else row.mask[start:end], more)
+
+
+def per_token(name: str, tensor: Tensor, length: int) -> bool:
+    """Whether a tensor beside a row has something for each of its `length` tokens: [1, length, ...], and no pixels."""
+    return tensor.shape[:2] == (1, length) and not tensor.is_floating_point() and not name.startswith("pixel")
+
+
+def _with_tokens(more: Mapping[str, Tensor], length: int, change: Callable[[Tensor], Tensor]) -> dict[str, Tensor]:
+    """The same tensors, those with something for each of the `length` tokens changed."""
+    return {name: change(tensor) if per_token(name, tensor, length) else tensor for name, tensor in more.items()}
+
+
+def _widened(more: Mapping[str, Tensor] | None, length: int, sides: tuple[int, int]) -> dict[str, Tensor]:
+    """The same tensors for a row of `length` tokens that gets padding on its sides."""
+
+    def widen(tensor: Tensor) -> Tensor:
+        return pad(tensor, (0, 0) * (tensor.ndim - 2) + sides)
+
+    return _with_tokens(more or {}, length, widen)
 
 
 def stack(rows: Sequence[Row]) -> Windows:
     """Rows padded with id 0 to the longest of them, each on the side where it already is; no mask if none is padded."""
     width = max(len(row.ids) for row in rows)
-    ids, masks = [], []
+    ids, masks, more = [], [], []
     for row in rows:
         mask = torch.ones_like(row.ids, dtype=torch.bool) if row.mask is None else row.mask
         gap = width - len(row.ids)
         sides = (0, gap) if mask[0] else (gap, 0)
         ids.append(pad(row.ids, sides))
         masks.append(pad(mask, sides))
-    return _without_idle_mask(torch.stack(ids), torch.stack(masks))
+        more.append(_widened(row.more, len(row.ids), sides))
+    return _windows(torch.stack(ids), torch.stack(masks), more)
 
 
 def join(parts: Sequence[Windows]) -> Windows:
@@ -126,8 +151,12 @@ def join(parts: Sequence[Windows]) -> Windows:
     ids = [pad(part.ids, (0, width - part.length)) for part in parts]
     masks = [torch.ones_like(part.ids, dtype=torch.bool) if part.mask is None else part.mask for part in parts]
     masks = [pad(mask, (0, width - mask.shape[1])) for mask in masks]
-    return _without_idle_mask(torch.cat(ids), torch.cat(masks))
+    more = [
+        _widened(one, part.length, (0, width - part.length)) for part in parts for one in part.more or [{}] * len(part)
+    ]
+    return _windows(torch.cat(ids), torch.cat(masks), more)
 
 
-def _without_idle_mask(ids: Tensor, mask: Tensor) -> Windows:
-    return Windows(ids, None if bool(mask.all()) else mask)
+def _windows(ids: Tensor, mask: Tensor, more: list[dict[str, Tensor]]) -> Windows:
+    """Without a mask that masks nothing, and without other inputs if no window has any."""
+    return Windows(ids, None if bool(mask.all()) else mask, tuple(more) if any(more) else ())

@@ -121,11 +121,14 @@ def _rows(logits: torch.Tensor, mask: torch.Tensor | None) -> list[torch.Tensor]
 
 
 def _positions(logits: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor | None):  # type: ignore[no-untyped-def]
-    """(rows [ROWS, vocabulary], targets [ROWS]) for every position that predicts a real token from a real one."""
+    """(rows [ROWS, vocabulary], targets [ROWS]) for every position that predicts a real token from a real one.
+
+    Ids beyond the vocabulary stand for pictures, which nobody predicts.
+    """
     for window in range(len(ids)):
         targets = ids[window, 1:]
-        rows = logits[window, :-1]
+        keep = targets < logits.shape[-1]
         if mask is not None:
-            keep = mask[window, 1:] & mask[window, :-1]
-            rows, targets = rows[keep], targets[keep]
+            keep &= mask[window, 1:] & mask[window, :-1]
+        rows, targets = logits[window, :-1][keep], targets[keep]
         yield from zip(rows.split(ROWS), targets.split(ROWS))

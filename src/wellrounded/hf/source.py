@@ -14,9 +14,10 @@ import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
+from ..calibration import Processor
 from ..card import copy_files
 from ..checkpoint import Reader, Source
 from ..errors import CheckpointError, UsageError
@@ -69,7 +70,7 @@ def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_co
     if getattr(config, "quantization_config", None) is not None:
         method = config.to_dict()["quantization_config"].get("quant_method", "some method")
         raise UsageError(f"{label}: already quantized ({method}); start from the original model")
-    tokenizer = tokenizer or load_tokenizer(directory, trust_remote_code)
+    tokenizer = tokenizer or load_readers(directory, trust_remote_code)
     return open_files(Reader(directory), config, kind_of(config), label, tokenizer, trust_remote_code)
 
 
@@ -217,6 +218,26 @@ def load_tokenizer(directory: Path, trust_remote_code: bool = False) -> Any:
     if not any((directory / name).exists() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")):
         return None
     return AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
+
+
+def load_readers(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's tokenizer; where it has a processor of pictures too, both, this one loaded when it is needed."""
+    tokenizer = load_tokenizer(directory, trust_remote_code)
+    if not any((directory / name).exists() for name in ("processor_config.json", "preprocessor_config.json")):
+        return tokenizer
+    return Processor(tokenizer, lambda: load_processor(directory, trust_remote_code))
+
+
+def load_processor(directory: Path, trust_remote_code: bool = False) -> Any:
+    """The directory's processor; UsageError if something that it needs is not installed, or its files are no good."""
+    try:
+        return AutoProcessor.from_pretrained(directory, trust_remote_code=trust_remote_code)
+    except (ImportError, OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UsageError(
+            f"{directory}: its processor of pictures cannot be loaded: {reason.strip()}; install what it needs "
+            "(pip install pillow torchvision), or pass tokenizer="
+        ) from None
 
 
 def skeleton(kind: Any, config: Any, trust_remote_code: bool = False) -> transformers.PreTrainedModel:

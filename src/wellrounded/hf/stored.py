@@ -15,13 +15,7 @@ from typing import Any
 import torch
 import transformers
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import (
-    WeightConverter,
-    WeightRenaming,
-    apply_converters,
-    apply_renamings,
-    dot_natural_key,
-)
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
 
 from ..checkpoint import Source
 from ..errors import CheckpointError
@@ -45,11 +39,21 @@ class Names:
 
     def in_model(self, stored: str, known: Any) -> str | None:
         """The name among `known` of a tensor that is only renamed, None if it is converted too, or not known."""
-        for name in (apply_renamings(stored, self.renamings), stored):
+        for name in (self._renamed(stored), stored):
             for candidate in self._spellings(name):
                 if candidate in known:
                     return candidate
         return None
+
+    def _renamed(self, name: str, renamings: list[Any] | None = None) -> str:
+        for renaming in self.renamings if renamings is None else renamings:
+            name, _ = renaming.rename_source_key(name)
+        return name
+
+    def _converter_of(self, name: str) -> tuple[str, str | None]:
+        """What the first conversion for this tensor makes of its name, and the pattern by which it knows it."""
+        found = (converter.rename_source_key(name) for converter in self.converters)
+        return next(((made, pattern) for made, pattern in found if pattern is not None), (name, None))
 
     def _spellings(self, name: str) -> tuple[str, str, str]:
         return name, name.removeprefix(self.prefix), self.prefix + name
@@ -59,7 +63,7 @@ class Names:
 
         A packed tensor's layer may still be a part of fused experts.
         """
-        renamed = apply_renamings(stored, self.renamings)
+        renamed = self._renamed(stored)
         return min((*self._spellings(renamed), *self._spellings(stored)), key=self._missing)
 
     def _missing(self, name: str) -> int:
@@ -74,7 +78,7 @@ class Names:
 
     def converted(self, stored: str, known: Any) -> tuple[str, str] | None:
         """The first of the tensors among `known` that this one is made into, and the pattern that says how."""
-        name, pattern = apply_converters(apply_renamings(stored, self.renamings), self.converters)
+        name, pattern = self._converter_of(self._renamed(stored))
         if pattern is None:
             return None
         for candidate in self._spellings(name):
@@ -95,10 +99,10 @@ class Names:
         Raises CheckpointError if transformers would load a tensor of that layer under no name.
         """
         probe = f"{layer}.qweight"
-        back = apply_renamings(probe, self._back).removesuffix(".qweight")
+        back = self._renamed(probe, self._back).removesuffix(".qweight")
         for name in (*candidates, back, layer):
-            renamed = apply_renamings(f"{name}.qweight", self.renamings)
-            converted = apply_converters(renamed, self.converters)[1] is not None
+            renamed = self._renamed(f"{name}.qweight")
+            converted = self._converter_of(renamed)[1] is not None
             if not converted and self.in_model(f"{name}.qweight", {probe}) == probe:
                 return name
         raise CheckpointError(f"{layer}: no name in a file would be read as this layer; ignore it")

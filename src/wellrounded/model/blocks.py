@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 
 import torch
@@ -40,23 +41,31 @@ def output_head(model: nn.Module) -> str:
 
 
 def towers(model: nn.Module) -> set[str]:
-    """Names of the modules that serve what is not text: those beside a language model, and those with other blocks.
+    """Names of the modules beside the part that reads text: they serve pictures or sound.
 
     What an encoder-decoder model reads with its encoder is text: it has none.
     """
-    if getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+    text = _text_part(model)
+    if not text or getattr(getattr(model, "config", None), "is_encoder_decoder", False):
         return set()
-    text, blocks = _text_part(model), find_blocks(model)[0].rpartition(".")[0]
-    found = set()
-    for name in (name for _, name in _lists(model, "")):
-        if name != blocks:
-            parts = name.split(".")
-            shared = next((i for i, (a, b) in enumerate(zip(parts, blocks.split("."))) if a != b), len(parts) - 1)
-            found.add(".".join(parts[: shared + 1]))
-    if "." in text:  # "model.language_model": what lies beside it reads no text
-        outer = model.get_submodule(text.rpartition(".")[0])
-        names = (f"{text.rpartition('.')[0]}.{name}".strip(".") for name, _ in outer.named_children())
-        found |= {name for name in names if name not in (text, output_head(model))}
+    found = idle_parts(model, [name for name, _ in model.get_submodule(text).named_modules(prefix=text)])
+    parts = text.split(".")
+    for depth in range(len(parts)) if len(parts) > 1 else ():  # "model.language_model": whatever lies beside it
+        outer = ".".join(parts[:depth])
+        beside = {f"{outer}.{name}".lstrip(".") for name, _ in model.get_submodule(outer).named_children()}
+        found |= beside - {".".join(parts[: depth + 1]), output_head(model)}
+    return found
+
+
+def idle_parts(model: nn.Module, ran: Collection[str]) -> set[str]:
+    """The parts with other blocks of their own of which no module `ran` when the model read text."""
+    blocks, found = find_blocks(model)[0].rpartition(".")[0], set()
+    for _, name in _lists(model, ""):
+        parts = name.split(".")
+        paths = [".".join(parts[: n + 1]) for n in range(len(parts))]
+        apart = [path for path in paths if not f"{blocks}.".startswith(f"{path}.")]
+        idle = (path for path in apart if not any(f"{one}.".startswith(f"{path}.") for one in ran))
+        found |= set(list(idle)[:1])
     return found
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import nn
 from ..core.hessian import Hessian
 from .experts import Experts, Routed
 
-STACK_BYTES = 2**30  # what the Hessians of experts that are solved together may take, with what solving adds
+STACK_BYTES = 2**28  # what Hessians of experts that are solved together may take, with what solving adds
 Batch = tuple[Callable[[], None], "torch.Tensor | None"]  # runs the block; padding mask bool [batch, length]
 
 
@@ -100,27 +100,31 @@ class Bank:
 
     def stacks(self) -> Iterator[list[Member]]:
         """As many experts at a time as their Hessians, and what solving them takes, have room for."""
-        sizes = [r.rows(e).shape[-1] for r, _ in self._inputs[:1] for e in range(len(self.experts))][:1]
-        sizes += [hessian.size for hessian in self._hessians.values()]
-        room = max(1, STACK_BYTES // (6 * 4 * sizes[0] ** 2)) if sizes else len(self.experts)
-        if room >= len(self.experts):
+        some = [*(hessian.diagonal() for hessian in self._hessians.values()), *(r.rows(0) for r, _ in self._inputs)][:1]
+        at_once = len(self.experts)
+        for inputs in some:
+            room = STACK_BYTES * (16 if inputs.device.type == "cuda" else 1)  # large stacks keep a GPU busy
+            at_once = max(1, room // (6 * 4 * inputs.shape[-1] ** 2))
+        if at_once >= len(self.experts):
             for routed, mask in self._inputs:
                 for expert in range(len(self.experts)):
                     self._count(self._hessians, expert, routed, mask)
             self._inputs.clear()
-        together = self._together()
-        for start in range(0, len(self.experts), room):
-            yield [self._member(expert, together) for expert in range(start, min(start + room, len(self.experts)))]
+        for start in range(0, len(self.experts), at_once):
+            yield [self._member(expert) for expert in range(start, min(start + at_once, len(self.experts)))]
 
-    def _member(self, expert: int, together: Hessian | None) -> Member:
+    def _member(self, expert: int) -> Member:
         own = dict(self._hessians)
         for routed, mask in self._inputs:
             self._count(own, expert, routed, mask)
-        mine = own.get(expert)
-        if mine is None or together is None:
-            return Member(self.experts[expert], together)
-        return Member(self.experts[expert], mine.blended(together, floor=mine.size), mine.tokens)
+        names, mine = self.experts[expert], own.get(expert)
+        if mine is not None and mine.tokens >= mine.size:
+            return Member(names, mine, mine.tokens)
+        if mine is None or self._together is None:
+            return Member(names, self._together)
+        return Member(names, mine.blended(self._together, floor=mine.size), mine.tokens)
 
+    @cached_property
     def _together(self) -> Hessian | None:
         """The Hessian of what all experts have read, None if that is nothing."""
         one: dict[int, Hessian] = {}

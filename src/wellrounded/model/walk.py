@@ -12,34 +12,25 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
 from ..errors import NumericsError, UsageError
-from .blocks import find_blocks
+from .blocks import find_blocks, idle_parts
 from .blocks import towers as find_towers
+from .calls import Call, Carried, carried_in, hidden_of, resolved, same
 from .siblings import Bank, Batch, Siblings, observe, staged
 from .weights import Read, materialize, release
 
 ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
 
-Call = tuple[tuple, dict[str, Any]]  # what a block is given besides its hidden state
-
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
     """Ends a hollow walk at the last block, so that the head never runs."""
-
-
-@dataclass(frozen=True)
-class Carried:
-    """Stands for what a block returns at a place of its tuple, until it has run."""
-
-    block: int
-    place: int
 
 
 class Stream:
@@ -53,7 +44,7 @@ class Stream:
     ) -> None:
         self.ids, self.masks, self.more = ids, masks, list(more) or [{} for _ in ids]
         self.hidden: list[torch.Tensor] = []
-        self.calls: list[list[Call]] = []  # [batch][block]
+        self.calls: list[list[Call | None]] = []  # [batch][block], None where a block is passed by
         self.carried: list[dict[Carried, Any]] = []  # [batch], what later blocks are still to be given
 
 
@@ -73,6 +64,7 @@ class BlockWalk:
         materialize(model, read, device=self.device, leave=tuple(f"{name}." for name in leave))
         self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
         self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
+        self.idle: set[str] = set()  # parts with blocks of their own that it does not call on text
 
     def __iter__(self) -> Iterator[tuple[int, str, nn.Module]]:
         """(index, name, block), the block with its weights; they are dropped when the loop moves on."""
@@ -99,7 +91,7 @@ class BlockWalk:
             hidden, calls = self._hollow_walk(part, part_mask, besides)
             stream.hidden.append(hidden)
             # Batches that give a block the same masks and rotary tables share them.
-            twin = stream.calls[0] if stream.calls and _same(stream.calls[0], calls) else calls
+            twin = stream.calls[0] if stream.calls and same(stream.calls[0], calls) else calls
             stream.calls.append(twin)
             stream.carried.append({})
         return stream
@@ -112,11 +104,12 @@ class BlockWalk:
     def advance(self, index: int, *streams: Stream) -> None:
         """Run block `index` over every batch of the streams and keep its outputs as the next hidden states.
 
-        Nothing happens at a block that the model does not call on text, nor does anything reach its layers.
+        Nothing happens at a block that the model does not call on a batch, nor does anything reach its layers.
         """
         for stream in streams:
-            for batch in range(len(stream.hidden)) if index in self.called else ():
-                self._step(index, stream, batch)
+            for batch, calls in enumerate(stream.calls):
+                if calls[index] is not None:
+                    self._step(index, stream, batch)
 
     def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings | Bank]:
         """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
@@ -135,9 +128,8 @@ class BlockWalk:
         return staged(self.blocks[index], names, known, self._batches(self._step, index, stream))
 
     def _batches(self, run: Callable[[int, Stream, int], Any], index: int, stream: Stream) -> list[Batch]:
-        if index not in self.called:
-            return []
-        return [(partial(run, index, stream, batch), mask) for batch, mask in enumerate(stream.masks)]
+        called = [batch for batch, calls in enumerate(stream.calls) if calls[index] is not None]
+        return [(partial(run, index, stream, batch), stream.masks[batch]) for batch in called]
 
     def _step(self, index: int, stream: Stream, batch: int) -> None:
         output = self._run(index, stream, batch)
@@ -145,7 +137,7 @@ class BlockWalk:
         if not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
         stream.hidden[batch] = hidden
-        wanted = {c for call in stream.calls[batch][index + 1 :] for c in _carried(call)}
+        wanted = {c for call in stream.calls[batch][index + 1 :] for c in carried_in(call)}
         carried = {c: v for c, v in stream.carried[batch].items() if c in wanted}
         carried |= {c: output[c.place] for c in wanted if c.block == index}
         stream.carried[batch] = carried
@@ -183,7 +175,9 @@ class BlockWalk:
 
     def _run(self, index: int, stream: Stream, batch: int) -> Any:
         """What the block returns."""
-        args, kwargs = _resolved(stream.calls[batch][index], stream.carried[batch])
+        call = stream.calls[batch][index]
+        assert call is not None, "advance() and _batches() leave it out"
+        args, kwargs = resolved(call, stream.carried[batch])
         hidden = stream.hidden[batch]
         if "hidden_states" in kwargs:
             return self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
@@ -194,10 +188,34 @@ class BlockWalk:
 
         Raises UsageError if they are not, or cannot be called without what others compute.
         """
+        self._form = self._first_form(ids, mask, more)
+        simple = self._form and (True,) + (False,) * (len(self._form) - 1)
+        problem = ""
+        for form in dict.fromkeys([self._form, simple]):
+            self._form = form  # a model may compute with what blocks return besides: then it is not handed on
+            calls: list[tuple[int, torch.Tensor]] = []
+
+            def note(block: nn.Module, args: tuple, kwargs: dict[str, Any], calls: list = calls) -> None:
+                calls.append((self.blocks.index(block), hidden_of(args, kwargs)))
+
+            try:
+                with self._hollow(note, None), torch.no_grad():
+                    ran = self._modules_reached(ids, mask, more)
+                break
+            except ODD as error:
+                problem = f"{type(error).__name__}: {error}"
+        else:
+            raise self._cannot(problem)
+        self._check(calls)
+        self.called = [index for index, _ in calls]
+        self.idle = idle_parts(self.model, ran)
+
+    def _first_form(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> tuple | None:
+        """How the first block that is called returns: None for a tensor, or which places of a tuple hold something."""
         seen: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
 
-        def first(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            seen.append((block, args, kwargs))
+        def first(*call: Any) -> None:
+            seen.append(call)  # type: ignore[arg-type]
             raise _Stop
 
         try:
@@ -208,45 +226,46 @@ class BlockWalk:
         if not seen:
             raise self._cannot("the model calls none of them")
         block, args, kwargs = seen[0]
-        index = self.blocks.index(block)
-        materialize(block, self.read, f"{self.names[index]}.", self.device)
+        name = self.names[self.blocks.index(block)]
+        materialize(block, self.read, f"{name}.", self.device)
         try:
             with torch.no_grad():
                 output = block(*args, **kwargs)
         finally:
             release(block)
         if isinstance(output, (tuple, list)):
-            self._form = tuple(place is not None for place in output)
-        elif not isinstance(output, torch.Tensor):
-            raise self._cannot(f"{self.names[index]} returns a {type(output).__name__}, neither a tensor nor a tuple")
-        calls: list[nn.Module] = []
-        states: list[torch.Tensor] = []
+            return tuple(place is not None for place in output)
+        if not isinstance(output, torch.Tensor):
+            raise self._cannot(f"{name} returns a {type(output).__name__}, neither a tensor nor a tuple")
+        return None
 
-        def note(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            calls.append(block)
-            states.append(kwargs["hidden_states"] if "hidden_states" in kwargs else args[0])
+    def _modules_reached(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> set[str]:
+        """Call the model once; the names of the modules that ran."""
+        ran: set[str] = set()
+        hooks = [
+            module.register_forward_pre_hook(lambda module, args, name=name: ran.add(name))
+            for name, module in self.model.named_modules()
+        ]
+        try:
+            self._call_model(ids, mask, more)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return ran
 
-        for form in dict.fromkeys([self._form, self._form and (True,) + (False,) * (len(self._form) - 1)]):
-            self._form = form  # a model may compute with what blocks return besides: then it is not handed on
-            calls.clear()
-            states.clear()
-            try:
-                with self._hollow(note, None), torch.no_grad():
-                    self._call_model(ids, mask, more)
-                break
-            except ODD as error:
-                problem = f"{type(error).__name__}: {error}"
-        else:
-            raise self._cannot(problem)
-        for name, one in zip(self.names, self.blocks):
-            if calls.count(one) > 1:
-                raise self._cannot(f"{name} is called {calls.count(one)} times in one pass")
-        self.called = [index for index, one in enumerate(self.blocks) if one in calls]
-        if calls != [self.blocks[index] for index in self.called]:
+    def _check(self, calls: list[tuple[int, torch.Tensor]]) -> None:
+        """Raises UsageError unless each block was called at most once, in order, with what the one before returned."""
+        order = [index for index, _ in calls]
+        for index in order:
+            if order.count(index) > 1:
+                raise self._cannot(f"{self.names[index]} is called {order.count(index)} times in one pass")
+        if order != sorted(order):
             raise self._cannot("they are not called in the order of their list")
-        for before, after, index in zip(states, states[1:], self.called[1:]):
+        for (_, before), (index, after) in pairwise(calls):
             if (before.data_ptr(), before.shape) != (after.data_ptr(), after.shape):
-                raise self._cannot(f"{self.names[index]} does not read what the block before it returns")
+                raise self._cannot(
+                    f"{self.names[index]} does not read what the block before it returns: the model computes between"
+                )
 
     def _cannot(self, why: str) -> UsageError:
         return UsageError(
@@ -256,22 +275,25 @@ class BlockWalk:
 
     def _hollow_walk(
         self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]
-    ) -> tuple[torch.Tensor, list[Call]]:
-        """The hidden state that enters the first block, and what each block is given besides."""
-        calls: list[Call] = [((), {}) for _ in self.blocks]
-        entering: list[torch.Tensor] = []
+    ) -> tuple[torch.Tensor, list[Call | None]]:
+        """The hidden state that enters the first block, and what each block is given besides, None if it is passed by.
+
+        Other inputs may make a model compute between its blocks, or call others: that is looked at every time.
+        """
+        calls: list[Call | None] = [None for _ in self.blocks]
+        entering: list[tuple[int, torch.Tensor]] = []
 
         def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            named = "hidden_states" in kwargs
-            entering.append(kwargs["hidden_states"] if named else args[0])
-            index = self.blocks.index(block)
+            named, index = "hidden_states" in kwargs, self.blocks.index(block)
+            entering.append((index, hidden_of(args, kwargs)))
             calls[index] = (args if named else args[1:], {**kwargs, "hidden_states": None} if named else kwargs)
             if index == self.called[-1]:
                 raise _Stop
 
         with suppress(_Stop), self._hollow(record, None), torch.no_grad():
             self._call_model(ids, mask, more)
-        return entering[0], calls
+        self._check(entering)
+        return entering[0][1], calls
 
     def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> Any:
         wanted = inspect.signature(self.model.forward).parameters
@@ -286,7 +308,7 @@ class BlockWalk:
 
         def forward_of(index: int, block: nn.Module) -> Callable:
             def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+                hidden = hidden_of(args, kwargs)
                 if record is not None:
                     record(block, args, kwargs)
                 if last is not None and index == self.called[-1]:
@@ -307,33 +329,3 @@ class BlockWalk:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
-
-
-def _resolved(value: Any, carried: dict[Carried, Any]) -> Any:
-    """The same with everything carried put in its place."""
-    if isinstance(value, Carried):
-        return carried[value]
-    if isinstance(value, (tuple, list)) and any(_carried(value)):
-        return type(value)(_resolved(one, carried) for one in value)
-    if isinstance(value, dict) and any(_carried(value)):
-        return {key: _resolved(one, carried) for key, one in value.items()}
-    return value
-
-
-def _carried(value: Any) -> Iterator[Carried]:
-    if isinstance(value, Carried):
-        yield value
-    elif isinstance(value, (tuple, list, dict)):
-        for one in value.values() if isinstance(value, dict) else value:
-            yield from _carried(one)
-
-
-def _same(a: Any, b: Any) -> bool:
-    """Whether two recorded calls are equal in every tensor and value."""
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
-    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
-        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b))
-    if isinstance(a, dict) and isinstance(b, dict):
-        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
-    return type(a) is type(b) and (a is b or a == b)

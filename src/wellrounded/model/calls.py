@@ -1,0 +1,54 @@
+"""What a model gives its blocks besides their hidden state, recorded from one call to be given again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+Call = tuple[tuple, dict[str, Any]]  # arguments, without the hidden state
+
+
+@dataclass(frozen=True)
+class Carried:
+    """Stands for what a block returns at a place of its tuple, until it has run."""
+
+    block: int
+    place: int
+
+
+def hidden_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
+    """The hidden state that a block is called with."""
+    return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
+
+
+def resolved(value: Any, carried: dict[Carried, Any]) -> Any:
+    """The same with everything carried put in its place."""
+    if isinstance(value, Carried):
+        return carried[value]
+    if isinstance(value, (tuple, list)) and any(carried_in(value)):
+        return type(value)(resolved(one, carried) for one in value)
+    if isinstance(value, dict) and any(carried_in(value)):
+        return {key: resolved(one, carried) for key, one in value.items()}
+    return value
+
+
+def carried_in(value: Any) -> Iterator[Carried]:
+    if isinstance(value, Carried):
+        yield value
+    elif isinstance(value, (tuple, list, dict)):
+        for one in value.values() if isinstance(value, dict) else value:
+            yield from carried_in(one)
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two recorded calls are equal in every tensor and value."""
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return a is b or (a.shape == b.shape and a.dtype == b.dtype and torch.equal(a, b))
+    if isinstance(a, (tuple, list)) and isinstance(b, (tuple, list)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b))
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    return type(a) is type(b) and (a is b or a == b)
