@@ -401,7 +401,7 @@ WRONG = {
     "missing text": (nothing, quantize("llama", "--calibration", "gone.txt"), 2, r"'gone\.txt': no such file"),
     "unknown data": (nothing, quantize("llama", "--calibration", "wikitxt2"), 2, "'wikitxt2': not a known data set"),
     "none and some": (nothing, quantize("llama", *CALIBRATION, "--calibration", "none"), 2, "choose one"),
-    "window": (nothing, quantize("llama", "--calibration", "text.txt", "--length", 512), 2, "length=512 .* reads at most 256 tokens"),
+    "window": (nothing, quantize("llama", *CALIBRATION, "--length", 512), 2, "length=512 .* reads at most 256 tokens"),
     "nan": (not_a_number, quantize("nan"), 1, r"layers\.1\.mlp\.up_proj\.weight: .*NaN"),
     "nan, rounded": (not_a_number, quantize("nan", "--calibration", "none"), 1, r"up_proj\.weight: .*NaN"),
     "twice": (nothing, quantize("quantized"), 2, r"quantized: already quantized \(gptq\); start from the original"),

@@ -130,7 +130,7 @@ def twin(model: PreTrainedModel, out: Path) -> PreTrainedModel:
     fused = fused_experts(model)
     for name, weight in stored_weights(out).items():
         dense = weight.dequantize(model.dtype)
-        path, _, inside = name.partition(".experts.")
+        path, _, inside = in_model(name).partition(".experts.")
         if f"{path}.experts" in fused:
             expert, leaf = inside.split(".")
             piece = fused[f"{path}.experts"].pieces[leaf]
@@ -142,6 +142,27 @@ def twin(model: PreTrainedModel, out: Path) -> PreTrainedModel:
         )
         layer.weight.data = oriented(layer, dense.to(layer.weight.dtype)).contiguous()
     return model
+
+
+MIXTRAL = {".block_sparse_moe.experts.": ".mlp.experts.", ".w1": ".gate_proj", ".w3": ".up_proj", ".w2": ".down_proj"}
+
+
+def in_model(name: str) -> str:
+    """The name of an expert's layer in the model by its name in Mixtral's own files; others stay as they are."""
+    for stored, spelled in MIXTRAL.items() if ".experts." in name else ():
+        name = name.replace(stored, spelled)
+    return name
+
+
+def in_turn(directory: Path) -> PreTrainedModel:
+    """The dense model of a directory, its experts called one after another, as experts taken apart are."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", experts_implementation="eager").eval()
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    """Everything that a directory's files hold."""
+    reader = Reader(directory)
+    return {name: reader.read(name) for name in reader.places}
 
 
 @contextmanager

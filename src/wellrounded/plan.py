@@ -106,9 +106,9 @@ def _head(model: nn.Module, recipe: Recipe, schemes: dict[str, Scheme], inputs: 
 
 
 def _routers(block: nn.Module) -> Iterator[str]:
-    """Modules that choose among experts: by their name, beside the experts."""
+    """Modules that choose among experts: by their name, beside the experts, be these fused or a list."""
     for path, module in block.named_modules():
-        if isinstance(module, Experts):
+        if isinstance(module, Experts) or (isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts"):
             parent = path.rpartition(".")[0]
             for name, _ in block.get_submodule(parent).named_children():
                 if re.fullmatch(ROUTERS, name):

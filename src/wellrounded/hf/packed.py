@@ -13,7 +13,7 @@ from ..core.recipe import Recipe
 from ..errors import CheckpointError
 from ..formats import gptq as gptq_format
 from ..model.blocks import find_blocks, is_linear, shape_of
-from ..model.experts import take_apart
+from ..model.experts import fused_experts, take_apart
 from .on_the_fly import experts_with
 from .stored import Names
 
@@ -65,6 +65,10 @@ def packed_layers(model: nn.Module, recipe: Recipe, stored: dict) -> dict[str, A
             raise CheckpointError(
                 f"{name}.qweight is missing, and so is a dense {name}.weight; fetch the checkpoint again"
             )
+    for path in [*fused_experts(model), *layouts]:
+        for name in (f"{path}.{own}" for own, _ in model.get_submodule(path).named_parameters()):
+            if name.rpartition(".")[0] not in planned and name not in stored:
+                raise CheckpointError(f"{name} is missing, packed and dense; fetch the checkpoint again")
     stray = [name for name in packed if name not in planned]
     if stray:
         raise CheckpointError(

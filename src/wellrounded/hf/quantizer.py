@@ -110,12 +110,19 @@ class Quantizer(HfQuantizer):
         put_layers(model, run.plan.schemes, run.version, model.config.dtype)
         self.owners = tied(model, run.plan.schemes)
         untie(model, self.owners)
+        experts = {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
+        for name in run.plan.schemes:
+            owner = name.rpartition(".")[0].rpartition(".")[0]
+            if owner in experts and model.get_submodule(name).bias is not None:  # it is a piece of one in the files
+                memory.layers[name]["bias"] = run.source.read(f"{name}.bias").to(model.config.dtype).clone()
         fill(model, memory.layers)
         self.made, self.report = memory.layers, run.report
         self.quantization_config = GPTQConfig.from_dict(run.stored_config())
         # transformers would warn that the files lack what was just made, and hold what it was made from.
         leaves = "|".join(sorted({re.escape(name.rpartition(".")[2]) for name in self.made}))
-        missing, unexpected = r"\.(qweight|qzeros|scales|g_idx)$", rf"(^|\.)({leaves})\.weight$"
+        inside = "|".join(map(re.escape, experts)) or "$^"
+        missing = rf"\.(qweight|qzeros|scales|g_idx)$|^({inside})\.\d+\.\w+\.bias$"
+        unexpected = rf"(^|\.)({leaves})\.weight$|^({inside})\."
         model._keys_to_ignore_on_load_missing = {*(model._keys_to_ignore_on_load_missing or ()), missing}
         model._keys_to_ignore_on_load_unexpected = {*(model._keys_to_ignore_on_load_unexpected or ()), unexpected}
 

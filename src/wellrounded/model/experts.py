@@ -88,7 +88,8 @@ def layout_of(module: nn.Module) -> Layout | None:
         return Layout(dict(zip(GATED, (gate, up, down))), (GATED[:2], GATED[2:]), call)
     if own.keys() == set(GATED) and own["down_proj"].ndim == 3 and _arguments(module) == 2:  # Inkling
         return Layout({leaf: Piece(leaf) for leaf in GATED}, (GATED[:2], GATED[2:]), "shared")
-    if own.keys() == {"weight"} and own["weight"].ndim == 3 and _arguments(module) == 2:  # JetMoE
+    alone = own.keys() == {"weight"} and own["weight"].ndim == 3 and hasattr(module, "num_experts")
+    if alone and _arguments(module) == 2:  # JetMoE
         return Layout({"proj": Piece("weight")}, (("proj",),), "sorted", False)
     inner = dict(module.named_parameters())
     if inner.keys() == {"mlp.w1", "mlp.v1", "mlp.w2"} and _arguments(module) == 3:  # DBRX
@@ -233,8 +234,8 @@ class Experts(nn.Module):
             return layer(rows) if len(rows) else rows.new_zeros(0, layer.out_features)
         piece = self.layout.pieces[leaf]
         bias = self._parameters.get(f"{piece.parameter}_bias")
-        weight = piece.weight(self.get_parameter(piece.parameter), expert, self.count)
-        return F.linear(rows, weight, None if bias is None else piece.rows(bias[expert]))
+        product = F.linear(rows, piece.weight(self.get_parameter(piece.parameter), expert, self.count))
+        return product if bias is None else product + piece.rows(bias[expert])
 
     def _activated(self, parts: list[torch.Tensor]) -> torch.Tensor:
         activation = getattr(self, "act_fn", None) or getattr(getattr(self, "mlp", None), "activation_fn", None)
@@ -279,6 +280,8 @@ class Experts(nn.Module):
                 for name, cut in parts[path]:
                     cut(whole).copy_(read(name))
             like.get_submodule(owner)._parameters[attr] = nn.Parameter(whole)
+        if hasattr(like, "config"):
+            like.config = self.config  # the model's: it says which of transformers' implementations is used
         return like.train(self.training)
 
 
