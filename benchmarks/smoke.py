@@ -42,6 +42,7 @@ def main() -> None:
         small = ["--samples", "8", "--length", "64", "--windows", "2", "--eval-length", "64", "--group-size", "32"]
         cases = "4asym,4sym-none"
         run("accuracy.py", str(model), "--calibration", str(text), "--text", str(text), "--cases", cases, *small)
+        run("architectures.py", "llama", "mixtral", "xlm")  # green, green with experts, red with a reason
         run("peers_cpu.py", "run", "tiny", "--rounds", "1")  # without the peers: their environments are not CI's
 
 

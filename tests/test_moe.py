@@ -157,7 +157,6 @@ def test_dequantizing_gives_the_model_back_with_the_weights_that_are_stored(kind
     assert torch.equal(tiny.logits(model), tiny.logits(twin))
 
 
-@pytest.mark.xfail(strict=True, reason="the experts of a model that was dequantized keep a configuration of their own")
 def test_dequantized_experts_do_what_the_models_configuration_says(packed):
     model = wr.load(packed("mixtral"))
     model.dequantize()
@@ -201,17 +200,9 @@ def test_an_experts_tensor_that_is_not_there_is_missed(kind, lost, load, packed,
         load(copy)
 
 
-RANDOM = pytest.mark.xfail(strict=True, reason="experts of which a file holds none are left as they were initialized")
-
-
-@pytest.mark.parametrize(
-    ("load", "lost"),
-    [(wr.load, "experts"), (wr.load, "down_proj"), (wr.load, "gate_proj"),
-     pytest.param(AutoModelForCausalLM.from_pretrained, "experts", marks=RANDOM),
-     pytest.param(AutoModelForCausalLM.from_pretrained, "down_proj", marks=RANDOM),
-     (AutoModelForCausalLM.from_pretrained, "gate_proj")],
-)  # fmt: skip
-def test_what_all_experts_of_a_layer_lack_is_missed(load, lost, packed, copy_of):
+@pytest.mark.parametrize("load", [wr.load, AutoModelForCausalLM.from_pretrained], ids=["load", "from_pretrained"])
+@pytest.mark.parametrize("lost", ["experts", "gate_proj", "down_proj"])
+def test_what_all_experts_of_a_layer_lack_is_missed(lost, load, packed, copy_of):
     copy = copy_of(packed("qwen3_moe"))
     with tiny.rewritten(copy) as stored:
         for name in [name for name in stored if "layers.1.mlp" in name and lost in name]:
@@ -223,11 +214,8 @@ def test_what_all_experts_of_a_layer_lack_is_missed(load, lost, packed, copy_of)
 
 # ---- packed while loading ----
 
-BIASES = pytest.mark.xfail(strict=True, reason="the biases of fused experts do not reach the experts taken apart")
-SOME = pytest.mark.parametrize("kind", [pytest.param(k, marks=BIASES if k == "gpt_oss" else ()) for k in STORED])
 
-
-@SOME
+@KINDS
 def test_experts_are_packed_while_they_are_loaded(kind, dense, tmp_path):
     model = wr.load(dense(kind), bits=4, group_size=32, kernel="reference")
     tiny.quantize(dense(kind), tmp_path / "out", group_size=32, calibration="none")
@@ -255,7 +243,6 @@ def test_transformers_packs_experts_while_it_loads_them(kind, dense, on_the_fly)
     tiny.logits(model)
 
 
-@BIASES
 def test_the_biases_of_experts_that_are_packed_while_they_are_loaded_are_the_sources(dense, on_the_fly):
     model, source = on_the_fly("gpt_oss"), tiny.in_turn(dense("gpt_oss"))
     for ours, theirs in zip(model.model.layers, source.model.layers):

@@ -84,9 +84,6 @@ def test_one_bank_alone_may_be_taken_apart(kind, banks):
     assert torch.allclose(tiny.logits(model, TOKENS), tiny.logits(built(kind), TOKENS), atol=1e-5, rtol=0)
 
 
-ADDS = pytest.mark.xfail(strict=True, reason="what stays fused adds the bias before it rounds")
-
-
 @pytest.mark.parametrize("kind", [k for k in KINDS if k != "nemotron_h"])  # it sums in float32
 def test_in_bfloat16_they_round_where_the_fused_module_rounds(kind):
     for fused, arguments in met(kind, torch.bfloat16):

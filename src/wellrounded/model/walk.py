@@ -231,6 +231,8 @@ class BlockWalk:
         try:
             with torch.no_grad():
                 output = block(*args, **kwargs)
+        except ODD as error:
+            raise self._cannot(f"{name} does not run by itself ({type(error).__name__}: {error})") from None
         finally:
             release(block)
         if isinstance(output, (tuple, list)):
