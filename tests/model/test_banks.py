@@ -266,9 +266,12 @@ def test_the_second_bank_sees_the_error_of_the_first():
 @pytest.mark.parametrize("room", [1, 3])
 @pytest.mark.parametrize("seen", [EVERYWHERE, SCARCE, STARVED], ids=["everywhere", "scarce", "starved"])
 def test_a_stack_holds_as_many_experts_as_there_is_room_for_and_all_see_the_same(how, seen, room, monkeypatch):
+    masks = [torch.ones(2, 5, dtype=torch.bool) for _ in seen]
+    masks[0][0, :2] = False
+
     def found():
         block = Block()
-        batches = runs(block, seen)
+        batches = runs(block, seen, masks)
         return all_solved(
             block, observe(block, NAMES, batches) if how == "observe" else staged(block, NAMES, KNOWN, batches)
         )

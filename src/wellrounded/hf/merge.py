@@ -13,6 +13,7 @@ from ..core.recipe import Recipe
 from ..errors import UsageError
 from ..nn import QuantLinear
 from .load import load, resolve
+from .on_the_fly import fuse_experts
 from .source import load_config, load_tokenizer, open_source
 
 
@@ -65,8 +66,10 @@ def merge(adapter: str | Path, base: str | Path | None = None, trust_remote_code
     recipe, packed = None, {f"{n}.weight" for n, m in model.named_modules() if isinstance(m, QuantLinear)}
     if packed:
         recipe = model.hf_quantizer.stored.recipe
+        model.hf_quantizer.fuses_experts = False  # the adapter was made for experts that are taken apart
         model = model.dequantize(torch.float32)
     model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload(safe_merge=True)
+    fuse_experts(model)
     dtype = load_config(directory, trust_remote_code).dtype or torch.float32
     model.config.dtype = dtype
     return Merged(model, load_tokenizer(directory, trust_remote_code), name, recipe, dtype, frozenset(packed))

@@ -24,7 +24,8 @@ from ..model.experts import Experts, Layout, fused_experts, take_apart
 from ..nn import KEYS, QuantLinear
 from ..pipeline import Run
 from ..request import NONE, Request
-from .source import open_files
+from .adapters import leave_apart
+from .source import open_files, skeleton
 from .stored import Names
 
 MIXTRAL = ("w1", "w3", "w2")  # gate, up, down in the files of Mixtral and its heirs
@@ -96,6 +97,7 @@ def put_layers(model: nn.Module, schemes: dict[str, Scheme], version: str, dtype
     layouts, apart = experts_with(model, schemes)
     take_apart(model, layouts, apart)
     for experts in (m for m in model.modules() if isinstance(m, Experts)):
+        leave_apart()
         for module in experts.modules():
             module._is_hf_initialized = True  # what transformers would initialize there is gone
     for name, scheme in schemes.items():
@@ -151,6 +153,14 @@ def experts_with(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, Lay
                 layouts[path], apart[path] = spelled, banks
                 break
     return layouts, apart
+
+
+def fuse_experts(model: nn.Module) -> None:
+    """Put dense experts together again, as the model's own class has them."""
+    apart = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
+    original = skeleton(type(model), copy.deepcopy(model.config)) if apart else model
+    for path, experts in apart:
+        model.set_submodule(path, experts.fused(original.get_submodule(path), experts.get_parameter))
 
 
 def fill(model: nn.Module, layers: dict[str, dict[str, torch.Tensor]]) -> None:

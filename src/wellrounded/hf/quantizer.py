@@ -24,7 +24,17 @@ from ..pipeline import Run
 from ..report import Report
 from ..request import Request
 from .gptq_config import GPTQConfig, asking, kernel_of, request_of
-from .on_the_fly import Memory, fill, put_layers, quantize_files, quantize_in_memory, share, tied, untie
+from .on_the_fly import (
+    Memory,
+    fill,
+    fuse_experts,
+    put_layers,
+    quantize_files,
+    quantize_in_memory,
+    share,
+    tied,
+    untie,
+)
 from .packed import headers, packed_layers
 from .source import skeleton, wrong_shape
 
@@ -48,6 +58,7 @@ class Quantizer(HfQuantizer):
             self.request = request_of(quantization_config)
             self.tokenizer = quantization_config.tokenizer
         self.made: dict[str, dict[str, torch.Tensor]] = {}  # packed tensors that are in no file, by layer
+        self.fuses_experts = True  # when the model is dequantized
         self.owners: dict[str, str] = {}  # layers that are packed once for several places, and where that is
         self.without_index: set[str] = set()  # layers whose g_idx is not in the files, which makes it trivial
         self.shapes: dict[str, torch.Size] = {}  # of all tensors, as the model needs them
@@ -168,28 +179,19 @@ class Quantizer(HfQuantizer):
         before, dtype = model.dtype, dtype or model.dtype
         if isinstance(dtype, str):  # what a configuration holds once a model has been saved
             dtype = getattr(torch, dtype)
-        original = skeleton(type(model), copy.deepcopy(model.config))  # it sets the attention of its own
-        layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantLinear)}
-        if away := [name for name, layer in layers.items() if layer.qweight.device.type == "meta"]:
+        layers = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)]
+        if away := [name for name, layer in layers if layer.qweight.device.type == "meta"]:
             raise UsageError(f"{away[0]} is offloaded; load the model without offloading to dequantize it")
-        for path, experts in [(n, m) for n, m in model.named_modules() if isinstance(m, Experts)]:
-
-            def read(name: str, experts: Experts = experts) -> torch.Tensor:
-                layer, _, kind = name.rpartition(".")
-                owner = experts.get_submodule(layer)
-                packed = isinstance(owner, QuantLinear) and kind == "weight"
-                return owner.dense_weight(dtype) if packed else getattr(owner, kind).to(dtype)
-
-            model.set_submodule(path, experts.fused(original.get_submodule(path), read))
-        for name, layer in [
-            (n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, QuantLinear)
-        ]:
-            dense = original.get_submodule(name)
-            weight = oriented(dense, layer.dense_weight(dtype)).contiguous()
-            dense.weight = nn.Parameter(weight)
-            if layer.bias is not None:
-                dense.bias = nn.Parameter(layer.bias.to(dtype))
+        original = skeleton(type(model), copy.deepcopy(model.config))  # it sets the attention of its own
+        known = dict(original.named_modules())
+        for name, layer in layers:
+            with torch.device("meta"):
+                dense = known.get(name) or nn.Linear(layer.in_features, layer.out_features)  # an expert's
+            dense.weight = nn.Parameter(oriented(dense, layer.dense_weight(dtype)).contiguous())
+            dense.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
             model.set_submodule(name, dense.train(layer.training))
+        if self.fuses_experts:
+            fuse_experts(model)
         for parameter in model.parameters():
             if parameter.dtype == before:  # some stay in float32 on purpose
                 parameter.data = parameter.data.to(dtype)

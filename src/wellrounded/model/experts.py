@@ -264,6 +264,7 @@ class Experts(nn.Module):
             return f"{piece.parameter}_bias", lambda fused: piece.rows(fused[expert])
         return piece.parameter, lambda fused: piece.weight(fused, expert, self.count)
 
+    @torch.no_grad()
     def fused(self, like: nn.Module, read: Callable[[str], torch.Tensor]) -> nn.Module:
         """`like`, a fused module of the same kind and shape, with what `read` gives for each expert's tensors."""
         parts: dict[str, list[tuple[str, Callable]]] = {}
