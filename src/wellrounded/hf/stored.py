@@ -160,9 +160,10 @@ class Stored:
         whole: dict[str, list[str]] = {}
         for name, (origin, _) in self._pieces.items():
             whole.setdefault(origin, []).append(name)
+        known = {*apart, *fused}
         for key in sorted(keys, key=dot_natural_key):
             self.made[key] = []
-            name = self.names.in_model(key, apart.keys() | fused.keys())
+            name = self.names.in_model(key, known)
             if name is not None:
                 self._direct[name] = key
                 self.made[key] = [name] if name in apart else whole.get(name, [])
