@@ -99,7 +99,7 @@ class Run:
             writer.add(OUTSIDE, dict(self.ledger.dense(OUTSIDE)))
         for index, name, block in self.walk:
             mine = self._mine(name, block)
-            known = self._known(index, mine, [*dense, *calibrating])
+            known = None if name in writer.finished else self._known(index, mine, [*dense, *calibrating])
             self.walk.advance(index, *dense)
             if name in writer.finished:
                 self._replay(name, writer)

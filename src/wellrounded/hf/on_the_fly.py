@@ -155,10 +155,11 @@ def experts_with(model: nn.Module, layers: Iterable[str]) -> tuple[dict[str, Lay
     return layouts, apart
 
 
-def fuse_experts(model: nn.Module) -> None:
-    """Put dense experts together again, as the model's own class has them."""
+def fuse_experts(model: nn.Module, original: nn.Module | None = None) -> None:
+    """Put dense experts together again, as the model's own class has them; `original` is a skeleton of it."""
     apart = [(name, module) for name, module in model.named_modules() if isinstance(module, Experts)]
-    original = skeleton(type(model), copy.deepcopy(model.config)) if apart else model
+    if apart and original is None:
+        original = skeleton(type(model), copy.deepcopy(model.config))
     for path, experts in apart:
         model.set_submodule(path, experts.fused(original.get_submodule(path), experts.get_parameter))
 

@@ -191,7 +191,7 @@ class Quantizer(HfQuantizer):
             dense.bias = None if layer.bias is None else nn.Parameter(layer.bias.to(dtype))
             model.set_submodule(name, dense.train(layer.training))
         if self.fuses_experts:
-            fuse_experts(model)
+            fuse_experts(model, original)
         for parameter in model.parameters():
             if parameter.dtype == before:  # some stay in float32 on purpose
                 parameter.data = parameter.data.to(dtype)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -100,11 +101,12 @@ class Bank:
 
     def stacks(self) -> Iterator[list[Member]]:
         """As many experts at a time as their Hessians, and what solving them takes, have room for."""
-        some = [*(hessian.diagonal() for hessian in self._hessians.values()), *(r.rows(0) for r, _ in self._inputs)][:1]
         at_once = len(self.experts)
-        for inputs in some:
-            room = STACK_BYTES * (16 if inputs.device.type == "cuda" else 1)  # large stacks keep a GPU busy
-            at_once = max(1, room // (6 * 4 * inputs.shape[-1] ** 2))
+        counted = ((hessian.size, hessian.device) for hessian in self._hessians.values())
+        kept = ((rows.shape[-1], rows.device) for routed, _ in self._inputs for rows in [routed.rows(0)])
+        for size, device in islice(chain(counted, kept), 1):
+            room = STACK_BYTES * (16 if device.type == "cuda" else 1)  # large stacks keep a GPU busy
+            at_once = max(1, room // (6 * 4 * size**2))
         if at_once >= len(self.experts):
             for routed, mask in self._inputs:
                 for expert in range(len(self.experts)):

@@ -137,6 +137,8 @@ class BlockWalk:
         if not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
         stream.hidden[batch] = hidden
+        if not self._form or not any(self._form[1:]):
+            return  # blocks hand nothing on
         wanted = {c for call in stream.calls[batch][index + 1 :] for c in carried_in(call)}
         carried = {c: v for c, v in stream.carried[batch].items() if c in wanted}
         carried |= {c: output[c.place] for c in wanted if c.block == index}
