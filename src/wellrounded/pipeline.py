@@ -37,12 +37,24 @@ BATCH_TOKENS = 4096  # enough for matmuls at full speed
 
 @dataclass(frozen=True)
 class Progress:
-    """Told to the caller after every block: how many are done, of how many, and seconds since the start."""
+    """Told to the caller after every block: how many are done, of how many, and seconds since the start.
+
+    layers     quantized so far
+    tokens_per_second  how fast the last block's calibration tokens went through it, solving included
+    left       seconds, None while nothing is known
+    error_db   mean over the layers so far, None without data
+    message    something to be said once, "" if there is nothing
+    """
 
     done: int
     total: int
     seconds: float
     what: str
+    layers: int = 0
+    tokens_per_second: float = 0.0
+    left: float | None = None
+    error_db: float | None = None
+    message: str = ""
 
 
 class Store(Protocol):
