@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +39,7 @@ class Source:
     write_files  puts every non-weight file of the source into a directory
     bytes        size of the source's tensors
     fingerprint  changes when the source's tensors do
+    sizes        every tensor's size in bytes by the name it is stored under
     """
 
     label: str
@@ -52,6 +53,7 @@ class Source:
     bytes: int
     fingerprint: str
     tokenizer: Any = None
+    sizes: Mapping[str, int] = field(default_factory=dict)
 
 
 class Reader:
@@ -66,10 +68,12 @@ class Reader:
     def __init__(self, directory: Path, files: Iterable[Path] | None = None) -> None:
         self.directory = directory
         self.places: dict[str, Path] = {}
+        self.sizes: dict[str, int] = {}
         self.bytes = 0
         for path in files or _weight_files(directory):
             header, start = read_header(path)
             self.places |= dict.fromkeys(header, path)
+            self.sizes |= {name: span[1] - span[0] for name, entry in header.items() if (span := entry["data_offsets"])}
             self.bytes += path.stat().st_size - start
 
     def read(self, name: str) -> torch.Tensor:

@@ -89,6 +89,7 @@ def open_files(
         bytes=reader.bytes,
         fingerprint=reader.fingerprint(),
         tokenizer=tokenizer,
+        sizes=reader.sizes,
     )
 
 
@@ -135,15 +136,15 @@ def _from_gguf(path: Path) -> Source:
         raise CheckpointError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from None
     config.dtype = COMPUTE
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    size = sum(t.numel() * t.element_size() for t in tensors.values())
     stat = path.stat()
     return Stored(model, tensors, tensors.__getitem__).source(
         label=path.stem,
         config=_plain_config(config, model),
         write_files=lambda target: _save_files(model, tokenizer, target),
-        bytes=size,
+        bytes=sum(_sizes(tensors).values()),
         fingerprint=f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
         tokenizer=tokenizer,
+        sizes=_sizes(tensors),
     )
 
 
@@ -164,7 +165,12 @@ def _from_memory(model: torch.nn.Module, tokenizer: Any, label: str) -> Source:
         bytes=sum(t.numel() * t.element_size() for t in distinct),
         fingerprint=digest.hexdigest(),
         tokenizer=tokenizer,
+        sizes=_sizes(as_saved),
     )
+
+
+def _sizes(tensors: dict[str, torch.Tensor]) -> dict[str, int]:
+    return {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
 
 
 def load_config(directory: Path, trust_remote_code: bool = False) -> transformers.PretrainedConfig:
