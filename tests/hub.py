@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from base64 import b64decode
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from hashlib import sha1, sha256
@@ -105,7 +106,10 @@ class Repository:
 
 
 class Hub(ThreadingHTTPServer):
-    """The server: `requests` lists (method, path) of all that it was asked, `unknown` what it could not answer."""
+    """The server: `requests` lists (method, path) of all that it was asked, `unknown` what it could not answer.
+
+    `sent` counts the bytes of each path that it delivered. Owners in `gated` show their models to nobody.
+    """
 
     request_queue_size = 64
 
@@ -115,6 +119,8 @@ class Hub(ThreadingHTTPServer):
         self.requests: list[tuple[str, str]] = []
         self.unknown: list[tuple[str, str]] = []
         self.uploads: dict[str, bytes] = {}  # large contents by SHA-256
+        self.sent: Counter[str] = Counter()
+        self.gated: set[str] = set()
 
     def environment(self, home: Path) -> dict[str, str]:
         """The environment of a process that knows this hub only, has its token, and keeps its cache in `home`."""
@@ -124,6 +130,8 @@ class Hub(ThreadingHTTPServer):
         return {**kept, **quiet, "HF_ENDPOINT": self.url, "HF_TOKEN": TOKEN, "HF_HOME": str(home)}
 
     def repository(self, owner: str, name: str, revision: str = "main") -> Repository:
+        if owner in self.gated:
+            raise HubError(403, "GatedRepo")
         return Repository(below(self.root, owner, name), revision)
 
     def answer(self, method: str, path: str, query: str, body: bytes) -> Any:
@@ -186,15 +194,25 @@ class Handler(BaseHTTPRequestHandler):
                     raise HubError(401, "Invalid credentials in Authorization header")
                 answer = self.server.answer(self.command, url.path, url.query, body)
                 status, (content, headers) = 200, answer if isinstance(answer, tuple) else (answer, {})
+                if isinstance(answer, tuple) and "Range" in self.headers:
+                    status, content, headers = self.part(content, headers)
             except HubError as error:
                 status, content, headers = error.args
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            content = content if isinstance(content, bytes) else json.dumps(content).encode()
+            self.server.sent[url.path] += len(content) if self.command != "HEAD" else 0
         self.send_response(status)
         for name, value in {**headers, "Content-Length": str(len(content))}.items():
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.write(content)
+
+    def part(self, content: bytes, headers: dict[str, str]) -> tuple[int, bytes, dict[str, str]]:
+        """The bytes of a file that were asked for, the last one included."""
+        first, last = self.headers["Range"].removeprefix("bytes=").split("-")
+        part = content[int(first) : int(last or len(content)) + 1]
+        span = f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}"
+        return 206, part, {**headers, "Content-Range": span}
 
     do_HEAD = do_POST = do_PUT = do_GET  # noqa: N815
 

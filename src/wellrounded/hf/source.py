@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from contextlib import redirect_stderr
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HFValidationError, HTTPError, LocalEntryNotFoundError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
@@ -49,29 +50,42 @@ def open_source(model: str | Path | torch.nn.Module, tokenizer: Any = None, trus
     if path.suffix == ".gguf":
         return _from_gguf(path)
     directory = path if path.is_dir() else download(str(model))
-    return _from_directory(directory, str(model), tokenizer, trust_remote_code)
+    return from_directory(directory, str(model), tokenizer, trust_remote_code)
 
 
-def download(name: str) -> Path:
-    """The hub's snapshot of a model, without weights that are not safetensors; UsageError if there is none."""
+def download(name: str, only: list[str] | None = None) -> Path:
+    """The hub's snapshot of a model, without weights that are not safetensors; UsageError if there is none.
+
+    `only` are the patterns of those files that are wanted, if not all are.
+    """
     looks_local = name.startswith((".", "/", "~")) or name.count("/") != 1
     if looks_local:
         raise UsageError(f"{name}: no such directory, and not a hub id (ORGANIZATION/NAME) either")
     pickles = ["*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx"]
+    with delivered(name):
+        return Path(snapshot_download(name, allow_patterns=only, ignore_patterns=pickles))
+
+
+@contextmanager
+def delivered(name: str) -> Iterator[None]:
+    """What goes wrong between here and the hub is a UsageError about this model."""
     try:
-        return Path(snapshot_download(name, ignore_patterns=pickles))
-    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        yield
+    except (HFValidationError, HTTPError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UsageError(f"{name}: no such directory here, and the hub did not deliver it ({reason})") from None
 
 
-def _from_directory(directory: Path, label: str, tokenizer: Any, trust_remote_code: bool) -> Source:
+def from_directory(
+    directory: Path, label: str, tokenizer: Any, trust_remote_code: bool, reader: Reader | None = None
+) -> Source:
+    """The dense model in a directory of Hugging Face's layout; `reader` knows the tensors, if that is not all files."""
     config = load_config(directory, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         method = config.to_dict()["quantization_config"].get("quant_method", "some method")
         raise UsageError(f"{label}: already quantized ({method}); start from the original model")
     tokenizer = tokenizer or load_readers(directory, trust_remote_code)
-    return open_files(Reader(directory), config, kind_of(config), label, tokenizer, trust_remote_code)
+    return open_files(reader or Reader(directory), config, kind_of(config), label, tokenizer, trust_remote_code)
 
 
 def open_files(
