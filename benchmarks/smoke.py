@@ -6,22 +6,31 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).parent
 
 
-def tiny_model(directory: Path) -> Path:
-    """A random Llama of two blocks with a byte-level tokenizer."""
+def byte_tokenizer() -> Any:
+    """A tokenizer of 256 tokens, one for every byte."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(alphabet)}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(directory)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)
+
+
+def tiny_model(directory: Path) -> Path:
+    """A random Llama of two blocks with a byte-level tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    tokenizer = byte_tokenizer()
+    tokenizer.save_pretrained(directory)
     config = LlamaConfig(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(alphabet)
+        hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vocab_size=len(tokenizer)
     )  # fmt: skip
     LlamaForCausalLM(config).bfloat16().save_pretrained(directory)
     return directory
@@ -43,6 +52,10 @@ def main() -> None:
         cases = "4asym,4sym-none"
         run("accuracy.py", str(model), "--calibration", str(text), "--text", str(text), "--cases", cases, *small)
         run("architectures.py", "llama", "mixtral", "xlm")  # green, green with experts, red with a reason
+        for kind in ("llama", "moe"):
+            written, out = Path(scratch) / kind, Path(scratch) / f"{kind}-out"
+            run("large.py", "write", f"tiny-{kind}", str(written))
+            run("large.py", "run", str(written), str(out), "--limit", "4GB", "--", "--samples", "8", "--length", "64")
         run("peers_cpu.py", "run", "tiny", "--rounds", "1")  # without the peers: their environments are not CI's
 
 
