@@ -8,8 +8,9 @@ in memory. `run` quantizes it in a process that cannot get more memory than the 
 `wellrounded quantize`. The limit holds by a memory cgroup where one can be made (Linux, usually as root). It counts
 the page cache too, so its peak comes near the limit whenever files are larger than it; the kernel drops such pages
 when memory is short, and they stop nobody. What another process has mapped first, torch's libraries say, is charged to
-that one: the resident set may exceed the limit by as much. Elsewhere the limit is RLIMIT_DATA, on what a process allocates, not on the
-files that it maps. `--trace` writes a CSV, five lines per second: where memory was, and how many parts were finished.
+that one: the resident set may exceed the limit by as much. Elsewhere the limit is RLIMIT_DATA, on what a process
+allocates, not on the files that it maps. The dry run is told the same limit with `--max-memory`. `--trace` writes a
+CSV, five lines per second: where memory was, and how many parts were finished.
 
 Exit code: that of the quantization, 1 if it was killed.
 """
@@ -53,7 +54,8 @@ SHAPES: dict[str, dict[str, Any]] = {  # Llama-2-7B's, and Qwen3-30B-A3B's with 
     },
 }  # fmt: skip
 POOL = 2**26 - 5  # random numbers; a prime, so that no two rows of a matrix are the same
-UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
+UNITS = {"": 1, "B": 1} | {f"{letter}B": 1000**n for n, letter in enumerate("KMGT", 1)}  # as --max-memory has them
+UNITS |= {f"{letter}{end}": 1024**n for n, letter in enumerate("KMGT", 1) for end in ("", "IB")}
 EVERY = 0.2  # seconds
 COMPARED = {"peak_memory_bytes": "peak resident", "output_bytes": "output", "disk_bytes": "disk", "seconds": "time"}
 
@@ -195,11 +197,10 @@ class Group:
 
 def bytes_of(size: str) -> int:
     """3GB, 2.5GiB or 3000000000, in bytes."""
-    found = re.fullmatch(r"([\d.]+) ?([KMGT]?I?B?)", size.strip(), re.IGNORECASE)
-    unit = (found[2].upper().removesuffix("B") + "B").removeprefix("B") if found else "?"
-    if unit not in UNITS:
+    found = re.fullmatch(r"(\d+|\d*\.\d+) ?([KMGT]?(?:I?B)?)", size.strip(), re.IGNORECASE)
+    if not found or found[2].upper() not in UNITS:
         raise SystemExit(f"--limit {size}: not a size; write it as 3GB, 2.5GiB or 3000000000")
-    return int(float(found[1]) * UNITS[unit])
+    return int(float(found[1]) * UNITS[found[2].upper()])
 
 
 def memory_of(pid: int) -> tuple[int, int, int]:
