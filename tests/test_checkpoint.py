@@ -1,56 +1,27 @@
-"""Files: read by name or refused by name, written part by part, finished in one step."""
+"""Files: read by name or refused by name, never outside the model's directory."""
 
 import errno
+import io
 import json
 import os
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wellrounded import checkpoint
+from wellrounded import tensorfile
 from wellrounded.card import copy_files
-from wellrounded.checkpoint import Reader, Writer, join
+from wellrounded.checkpoint import Reader
 from wellrounded.errors import CheckpointError, UsageError
-
-REQUEST = {"source": "llama", "bits": 4, "settings": {"damping": 0.01}}
-
-
-def tensors(seed: int = 0, prefix: str = "") -> dict[str, torch.Tensor]:
-    """One of every dtype that occurs."""
-    random = torch.Generator().manual_seed(seed)
-    return {
-        f"{prefix}qweight": torch.randint(-(2**31), 2**31 - 1, (4, 6), dtype=torch.int32, generator=random),
-        f"{prefix}scales": torch.randn(2, 6, generator=random).half(),
-        f"{prefix}bias": torch.randn(6, generator=random).bfloat16(),
-        f"{prefix}odd": torch.randint(255, (3,), dtype=torch.uint8, generator=random),  # 3 bytes: nothing aligned after
-        f"{prefix}weight": torch.randn(3, 5, generator=random),
-        f"{prefix}count": torch.tensor(7),
-    }
+from wellrounded.hf.source import open_source
 
 
 def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
     assert got.keys() == wanted.keys()
     for name in wanted:
         assert got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]), name
-
-
-def written(tmp_path, parts=("outside", "layers.0", "layers.1")) -> Writer:
-    """An unfinished run whose parts hold `tensors(i)`."""
-    writer = Writer(tmp_path / "out", REQUEST)
-    for i, part in enumerate(parts):
-        writer.add(part, tensors(i, f"{part}."), None if part == "outside" else [i])
-    return writer
-
-
-def all_tensors(parts=("outside", "layers.0", "layers.1")) -> dict[str, torch.Tensor]:
-    return {name: t for i, part in enumerate(parts) for name, t in tensors(i, f"{part}.").items()}
-
-
-def finish(writer: Writer, parts=("outside", "layers.0", "layers.1")):
-    return writer.finish(parts, lambda directory: (directory / "config.json").write_text("{}"))
 
 
 def refused(directory, error=CheckpointError, match=None) -> str:
@@ -140,237 +111,6 @@ def test_an_index_that_is_none_is_named(tmp_path, content):
     refused(tmp_path, match=r"model\.safetensors\.index\.json: not a shard index \(.*\); download the model again")
 
 
-# ---- writing ----
-
-
-def test_what_is_written_is_read_back_exactly(tmp_path):
-    out = finish(written(tmp_path))
-    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
-    assert_equal(load_file(out / "model.safetensors"), all_tensors())
-    with safe_open(out / "model.safetensors", framework="pt") as file:
-        assert file.metadata() == {"format": "pt"}
-    assert not (tmp_path / "out.partial").exists()
-
-
-def test_nothing_is_called_out_before_it_is_complete(tmp_path):
-    writer = written(tmp_path)
-    seen = []
-    writer.finish(["outside"], lambda directory: seen.append((tmp_path / "out").exists()))
-    assert seen == [False] and (tmp_path / "out").exists()
-
-
-def test_tensors_that_share_memory_are_stored_apart(tmp_path):
-    base = torch.arange(12.0).reshape(3, 4)
-    writer = Writer(tmp_path / "out", REQUEST)
-    writer.add("outside", {"a": base, "b": base, "transposed": base.T, "row": base[0]})
-    assert_equal(writer.read_part("outside"), {"a": base, "b": base, "transposed": base.T, "row": base[0]})
-
-
-@pytest.mark.parametrize(("parts_per_shard", "shards"), [(0.5, 5), (1.5, 5), (2.5, 3)])
-def test_several_shards_have_an_index(tmp_path, monkeypatch, parts_per_shard, shards):
-    parts = ["a", "b", "c", "d", "e"]
-    writer = Writer(tmp_path / "out", REQUEST)
-    for i, part in enumerate(parts):
-        writer.add(part, tensors(i, f"{part}."))
-    monkeypatch.setattr(checkpoint, "SHARD_BYTES", parts_per_shard * writer.path_of("a").stat().st_size)
-    out = writer.finish(parts, lambda directory: None)
-    names = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
-    assert sorted(path.name for path in out.glob("*.safetensors")) == names
-    index = json.loads((out / "model.safetensors.index.json").read_text())
-    stored = {name: (file, t) for file in names for name, t in load_file(out / file).items()}
-    assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
-    wanted = all_tensors(parts)
-    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in wanted.values())
-    assert_equal({name: t for name, (_, t) in stored.items()}, wanted)
-    assert_equal({name: Reader(out).read(name) for name in wanted}, wanted)
-
-
-def test_joining_one_file_gives_its_tensors_byte_for_byte(tmp_path):
-    save_file(tensors(), tmp_path / "part", metadata={"format": "pt"})
-    join([tmp_path / "part"], tmp_path)
-    files = [tmp_path / "part", tmp_path / "model.safetensors"]
-    one, other = (path.read_bytes()[checkpoint.read_header(path)[1] :] for path in files)
-    assert one == other
-
-
-# ---- resuming ----
-
-
-def test_a_run_goes_on_where_it_stopped(tmp_path):
-    written(tmp_path, ("outside", "layers.0"))
-    writer = Writer(tmp_path / "out", json.loads(json.dumps(REQUEST)))
-    assert writer.finished == {"outside": None, "layers.0": [1]}
-    assert_equal(writer.read_part("layers.0"), tensors(1, "layers.0."))
-    writer.add("layers.1", tensors(2, "layers.1."), [2])
-    assert_equal(load_file(finish(writer) / "model.safetensors"), all_tensors())
-
-
-@pytest.mark.parametrize("lost", [1, 5, 20])
-def test_a_last_line_that_was_cut_off_does_not_count(tmp_path, lost):
-    journal = written(tmp_path).journal
-    journal.write_text(journal.read_text()[:-lost])
-    writer = Writer(tmp_path / "out", REQUEST)
-    assert list(writer.finished) == ["outside", "layers.0"]
-    writer.add("layers.1", tensors(2, "layers.1."), [2])
-    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0", "layers.1"]
-
-
-@pytest.mark.parametrize("content", ["", '{"request": {"sou'])
-def test_a_journal_that_never_came_to_a_first_line_starts_over(tmp_path, content):
-    journal = tmp_path / "out.partial" / "journal.jsonl"
-    journal.parent.mkdir()
-    journal.write_text(content)
-    writer = Writer(tmp_path / "out", REQUEST)
-    writer.add("outside", tensors())
-    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside"]
-
-
-def test_another_request_is_not_continued_and_the_difference_is_named(tmp_path):
-    written(tmp_path)
-    with pytest.raises(UsageError) as caught:
-        Writer(tmp_path / "out", {**REQUEST, "bits": 3, "new": True})
-    message = str(caught.value)
-    assert message.startswith(f"{tmp_path / 'out.partial'} holds another request's unfinished run")
-    assert "(bits: was 4, now 3; new: was None, now True); --fresh starts over" in message
-    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0", "layers.1"]
-
-
-def test_fresh_starts_over(tmp_path):
-    written(tmp_path)
-    writer = Writer(tmp_path / "out", {**REQUEST, "bits": 3}, fresh=True)
-    assert not writer.finished and not writer.path_of("layers.0").exists()
-
-
-@pytest.mark.parametrize("fresh", [False, True])
-def test_a_partial_directory_of_somebody_else_is_left_alone(tmp_path, fresh):
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "thesis.tex").write_text("x")
-    with pytest.raises(UsageError, match=r"out\.partial is in the way and is not from an earlier run"):
-        Writer(tmp_path / "out", REQUEST, fresh=fresh)
-    assert (tmp_path / "out.partial" / "thesis.tex").exists()
-
-
-def test_an_abandoned_run_keeps_finished_work_and_nothing_else(tmp_path):
-    written(tmp_path, ("outside",)).abandon()
-    assert not list(tmp_path.iterdir())
-    written(tmp_path, ("outside", "layers.0")).abandon()
-    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0"]
-
-
-# ---- the place of the result ----
-
-
-@pytest.fixture
-def occupied(tmp_path):
-    """An earlier result at `out`."""
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "old.txt").write_text("old")
-    return tmp_path / "out"
-
-
-def test_an_existing_result_is_refused(occupied):
-    with pytest.raises(UsageError, match="out exists and is not empty; choose another directory or pass --force"):
-        Writer(occupied, REQUEST)
-    assert [path.name for path in occupied.parent.iterdir()] == ["out"]
-
-
-def test_an_empty_directory_will_do(tmp_path):
-    (tmp_path / "out").mkdir()
-    assert (finish(written(tmp_path)) / "config.json").exists()
-
-
-def test_force_replaces_the_old_result_at_the_very_end(tmp_path, occupied):
-    writer = Writer(occupied, REQUEST, force=True)
-    writer.add("outside", tensors())
-    assert (occupied / "old.txt").exists()
-    writer.finish(["outside"], lambda directory: None)
-    assert [path.name for path in occupied.iterdir()] == ["model.safetensors"]
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def fail(*_):
-    raise OSError(errno.EIO, "Input/output error")
-
-
-def test_the_old_result_stays_if_the_new_one_cannot_be_completed(tmp_path, occupied):
-    writer = Writer(occupied, REQUEST, force=True)
-    writer.add("layers.0", tensors(), [0])
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        writer.finish(["layers.0"], fail)
-    assert [path.name for path in occupied.iterdir()] == ["old.txt"]
-    again = Writer(occupied, REQUEST, force=True)
-    assert list(again.finished) == ["layers.0"]
-    assert again.finish(["layers.0"], lambda directory: None).exists()
-
-
-def test_the_old_result_stays_if_the_new_one_cannot_take_its_place(tmp_path, occupied, monkeypatch):
-    writer = Writer(occupied, REQUEST, force=True)
-    writer.add("layers.0", tensors(), [0])
-    rename = type(occupied).rename
-    monkeypatch.setattr(type(occupied), "rename", lambda a, b: fail() if a.name == "ready" else rename(a, b))
-    with pytest.raises(CheckpointError, match="Input/output error"):
-        writer.finish(["layers.0"], lambda directory: None)
-    assert [path.name for path in occupied.iterdir()] == ["old.txt"]
-
-
-def test_a_replacement_that_was_killed_half_way_is_made_up_for(tmp_path, occupied):
-    for _ in range(2):
-        writer = Writer(occupied, REQUEST, force=True)
-        writer.add("outside", tensors())
-        occupied.rename(writer.partial / "replaced")  # killed after the old result had moved out of the way
-        assert finish(Writer(occupied, REQUEST), ["outside"]).exists()
-        assert [path.name for path in tmp_path.iterdir()] == ["out"]
-
-
-def test_a_file_in_the_place_of_the_result_is_refused(tmp_path):
-    (tmp_path / "out").write_text("x")
-    with pytest.raises(UsageError, match="out is a file; name a directory for the result"):
-        Writer(tmp_path / "out", REQUEST, force=True)
-
-
-def test_a_mount_point_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint.Path, "is_mount", lambda path: path.name == "volume")
-    with pytest.raises(
-        UsageError, match="volume is a mount point, and cannot be replaced; name a new directory inside"
-    ):
-        Writer(tmp_path / "volume", REQUEST)
-
-
-@pytest.mark.parametrize("name", [".", "..", "../.."])
-def test_the_current_directory_cannot_be_replaced(tmp_path, monkeypatch, name):
-    (tmp_path / "a" / "b").mkdir(parents=True)
-    monkeypatch.chdir(tmp_path / "a" / "b")
-    with pytest.raises(UsageError, match="is where you are, and cannot be replaced from there; name a new directory"):
-        Writer.check(checkpoint.Path(name), force=True)
-
-
-def test_a_place_without_permission_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: checkpoint.Path(path) != tmp_path)
-    with pytest.raises(UsageError, match=f"no permission to write in {re.escape(str(tmp_path))}; choose another"):
-        Writer(tmp_path / "deep" / "out", REQUEST)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
-    def disk_full(tensors, path, metadata):
-        path.write_bytes(b"half a part")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    writer = written(tmp_path, ("outside", "layers.0"))
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", disk_full)
-        with pytest.raises(CheckpointError) as caught:
-            writer.add("layers.1", tensors(2, "layers.1."), [2])
-    message = str(caught.value)
-    assert message.startswith(f"writing {writer.path_of('layers.1')}: ") and "No space left on device" in message
-    assert re.search(r"\([\d,]+ MiB free\); finished blocks are kept, make room", message)
-    assert sorted(p.name for p in writer.partial.iterdir()) == ["journal.jsonl", "layers.0.part", "outside.part"]
-    again = Writer(tmp_path / "out", REQUEST)
-    assert list(again.finished) == ["outside", "layers.0"]
-    again.add("layers.1", tensors(2, "layers.1."), [2])
-    assert_equal(load_file(finish(again) / "model.safetensors"), all_tensors())
-
-
 # ---- the files beside the weights ----
 
 
@@ -389,13 +129,178 @@ def test_every_file_that_holds_no_weights_is_copied(tmp_path):
     assert copied == {name: name for name in kept} | {"README.source.md": "README.md"}
 
 
-def test_files_of_a_snapshot_are_copied_through_their_links(tmp_path, llama):
-    snapshot, target = tmp_path / "snapshot", tmp_path / "target"
-    snapshot.mkdir()
+@pytest.fixture
+def snapshot(tmp_path, llama):
+    """`llama` in the hub's cache: links to blobs, which have no suffix."""
+    home = tmp_path / "models--some--llama"
+    snapshot = home / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    for number, path in enumerate(llama.iterdir()):
+        (home / "blobs" / f"{number:064}").write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(f"../../blobs/{number:064}")
+    return snapshot
+
+
+def test_files_of_a_snapshot_are_read_and_copied_through_their_links(tmp_path, llama, snapshot):
+    assert Reader(snapshot).places.keys() == Reader(llama).places.keys()
+    target = tmp_path / "target"
     target.mkdir()
-    for path in llama.iterdir():  # as in the hub's cache, whose blobs have no suffix
-        (tmp_path / f"blob-{path.stem}").write_bytes(path.read_bytes())
-        (snapshot / path.name).symlink_to(tmp_path / f"blob-{path.stem}")
     copy_files(snapshot, target)
     assert not any(path.is_symlink() for path in target.iterdir())
     assert {p.name for p in target.iterdir()} == {p.name for p in llama.iterdir()} - {"model.safetensors"}
+
+
+# ---- never out of the directory ----
+
+ELSEWHERE = r"leads out of the model's directory, to .*, and nothing there is read or copied; put the file itself into"
+
+
+@pytest.mark.parametrize("name", ["../stolen/a.safetensors", "/etc/a.safetensors", "sub/../../a", "..\\a", "C:\\a"])
+def test_an_index_that_names_a_file_elsewhere_is_refused(tmp_path, name):
+    model = tmp_path / "model"
+    model.mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    refused(model, match=ELSEWHERE)
+
+
+def test_weights_that_are_a_link_to_elsewhere_are_refused(tmp_path):
+    (tmp_path / "model").mkdir()
+    save_file({"a": torch.ones(1)}, tmp_path / "a.safetensors")
+    (tmp_path / "model" / "model.safetensors").symlink_to(tmp_path / "a.safetensors")
+    refused(tmp_path / "model", match=ELSEWHERE)
+
+
+def test_a_link_inside_the_directory_is_followed(tmp_path):
+    save_file({"a": torch.ones(1)}, tmp_path / "real")
+    (tmp_path / "model.safetensors").symlink_to("real")
+    assert Reader(tmp_path).read("a").item() == 1
+
+
+def test_blobs_of_another_repository_are_elsewhere(tmp_path, snapshot):
+    other = tmp_path / "models--other" / "blobs"
+    other.mkdir(parents=True)
+    (other / "secret").write_text("x")
+    (snapshot / "notes.txt").symlink_to(other / "secret")
+    with pytest.raises(CheckpointError, match=ELSEWHERE):
+        copy_files(snapshot, tmp_path)
+
+
+def test_a_file_beside_the_weights_that_is_a_link_to_elsewhere_is_refused_before_any_work(copy_of, llama, tmp_path):
+    (tmp_path / "id_rsa").write_text("secret")
+    model = copy_of(llama)
+    (model / "notes.txt").symlink_to(tmp_path / "id_rsa")
+    with pytest.raises(CheckpointError, match=ELSEWHERE):
+        open_source(model)
+    with pytest.raises(CheckpointError, match=ELSEWHERE):
+        copy_files(model, tmp_path)
+
+
+# ---- reading by offsets ----
+
+EVERY_DTYPE = [torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32, torch.uint64,
+               torch.int64, torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64,
+               torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e4m3fnuz, torch.float8_e5m2fnuz]  # fmt: skip
+
+
+def raw(path, dtype: str, shape: list[int], data: bytes) -> None:
+    header = json.dumps({"t": {"dtype": dtype, "shape": shape, "data_offsets": [0, len(data)]}}).encode()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data)
+
+
+@pytest.mark.parametrize("dtype", EVERY_DTYPE, ids=str)
+def test_every_dtype_is_read_as_the_library_reads_it(tmp_path, dtype):
+    bits = torch.randint(2 if dtype is torch.bool else 256, (6 * dtype.itemsize,), dtype=torch.uint8).view(dtype)
+    stored = {"matrix": bits.reshape(2, 3), "scalar": bits[0].clone(), "none": bits[:0].reshape(0, 4).clone()}
+    save_file(stored, tmp_path / "model.safetensors")
+    reader, library = Reader(tmp_path), load_file(tmp_path / "model.safetensors")
+    for name, wanted in library.items():
+        got = reader.read(name)
+        assert got.dtype == wanted.dtype == dtype and got.shape == wanted.shape
+        assert got.reshape(-1).view(torch.uint8).tolist() == wanted.reshape(-1).view(torch.uint8).tolist()
+
+
+def test_a_dtype_that_torch_does_not_know_is_named(tmp_path):
+    raw(tmp_path / "model.safetensors", "F6_E3M2", [4], b"123")
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: t is stored as F6_E3M2, which torch .* not know"):
+        Reader(tmp_path).read("t")
+
+
+@pytest.mark.parametrize(("shape", "data"), [([3], b"1234"), ([-1, -4], b"1234"), ([2.0], b"12"), ("ab", b"")])
+def test_a_header_whose_sizes_do_not_add_up_is_refused(tmp_path, shape, data):
+    raw(tmp_path / "model.safetensors", "U8", shape, data)
+    refused(tmp_path, match=r"safetensors \(.*\); download it again")
+
+
+def test_a_read_that_stops_early_goes_on(tmp_path, monkeypatch):
+    save_file({"a": torch.arange(1000)}, tmp_path / "model.safetensors")
+    reader = Reader(tmp_path)
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Trickle(path))
+    assert torch.equal(reader.read("a"), torch.arange(1000))
+
+
+class Trickle(io.FileIO):
+    """Gives 100 bytes at a time."""
+
+    def readinto(self, buffer):
+        return super().readinto(buffer[:100])
+
+
+def test_headers_are_parsed_once(sharded, monkeypatch):
+    reader = Reader(sharded)
+    monkeypatch.setattr(tensorfile, "_parse", None)
+    assert all(reader.read(name) is not None for name in reader.places)
+
+
+# ---- sources that change ----
+
+
+def changed(path, how) -> None:
+    if how == "grown":
+        with path.open("ab") as file:
+            file.write(b"more")
+    elif how == "touched":
+        os.utime(path, ns=(1, 1))
+    elif how == "gone":
+        path.unlink()
+    else:
+        os.truncate(path, path.stat().st_size - 1)
+
+
+@pytest.mark.parametrize("how", ["grown", "touched", "gone", "cut"])
+def test_a_file_that_changes_is_noticed_and_named(sharded, copy_of, how):
+    copy = copy_of(sharded)
+    source = open_source(copy)
+    source.verify()
+    shard = sorted(copy.glob("*.safetensors"))[1]
+    changed(shard, how)
+    sentence = f"{shard.name}: changed while it was being read, .*leave the source alone, and run again with --fresh"
+    with pytest.raises(CheckpointError, match=sentence):
+        source.verify()
+
+
+@pytest.mark.parametrize("how", ["grown", "touched", "cut"])
+def test_a_file_that_has_changed_is_not_read(llama, copy_of, how):
+    reader = Reader(copy_of(llama))
+    changed(reader.directory / "model.safetensors", how)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors: changed while it was being read"):
+        reader.read("lm_head.weight")
+
+
+def test_a_read_that_fails_names_file_and_tensor(llama, copy_of, monkeypatch):
+    reader = Reader(copy_of(llama))
+
+    def broken(file, buffer):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(Trickle, "readinto", broken)
+    monkeypatch.setattr(Path, "open", lambda path, *_, **__: Trickle(path))
+    with pytest.raises(CheckpointError) as caught:
+        reader.read("lm_head.weight")
+    message = str(caught.value)
+    assert (
+        message.startswith(f"{reader.directory}/model.safetensors: lm_head.weight cannot be read (")
+        and ("Input/output error); finished blocks are kept: see that the disk is there and whole, and run the same")
+        in message
+    )

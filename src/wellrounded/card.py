@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import WEIGHT_SUFFIXES
+from .checkpoint import WEIGHT_SUFFIXES, inside
 from .report import Report
 
 _CHAT = """```bash
@@ -22,17 +22,29 @@ model = wellrounded.load("{name}")
 """
 
 
+def companions(source: Path) -> list[Path]:
+    """Every file of a model directory that holds no weights, subdirectories included, hidden ones not.
+
+    Raises CheckpointError for one that is a link out of the directory.
+    """
+    found = []
+    for path in sorted(source.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if hidden or not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
+            continue
+        found.append(inside(source, path))
+    return found
+
+
 def copy_files(source: Path, target: Path) -> None:
-    """Copy every file of a model directory that holds no weights, subdirectories included.
+    """Copy every file of a model directory that holds no weights.
 
     The original's README.md becomes README.source.md.
     """
-    for path in sorted(source.rglob("*")):
-        inside = path.relative_to(source)
-        hidden = any(part.startswith(".") for part in inside.parts)
-        if hidden or not path.is_file() or path.suffix in WEIGHT_SUFFIXES or path.name.endswith(".index.json"):
-            continue
-        place = target / (inside if str(inside) != "README.md" else "README.source.md")
+    for path in companions(source):
+        place = target / path.relative_to(source)
+        if place == target / "README.md":
+            place = target / "README.source.md"
         place.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, place)
 

@@ -19,10 +19,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoProcessor, AutoTo
 from transformers.core_model_loading import build_glob_alternation, revert_weight_conversion
 
 from ..calibration import Processor
-from ..card import copy_files
+from ..card import companions, copy_files
 from ..checkpoint import Reader, Source
 from ..errors import CheckpointError, UsageError
 from ..model.weights import meta_copy
+from ..tensorfile import Stamp
 from . import attention
 from .stored import Stored
 
@@ -80,6 +81,7 @@ def from_directory(
     directory: Path, label: str, tokenizer: Any, trust_remote_code: bool, reader: Reader | None = None
 ) -> Source:
     """The dense model in a directory of Hugging Face's layout; `reader` knows the tensors, if that is not all files."""
+    companions(directory)  # a link that leads elsewhere is refused before anything follows it
     config = load_config(directory, trust_remote_code)
     if getattr(config, "quantization_config", None) is not None:
         method = config.to_dict()["quantization_config"].get("quant_method", "some method")
@@ -104,6 +106,7 @@ def open_files(
         fingerprint=reader.fingerprint(),
         tokenizer=tokenizer,
         sizes=reader.sizes,
+        verify=reader.check_unchanged,
     )
 
 
@@ -138,6 +141,7 @@ def _from_gguf(path: Path) -> Source:
         raise UsageError(f'{path}: GGUF files are read by the gguf package: pip install "wellrounded[gguf]"') from None
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
+    stamp = Stamp.of(path.stat())  # of the file that is read now, whole: what becomes of it later does not matter
     try:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
         model = skeleton(AutoModelForCausalLM, config)
@@ -150,13 +154,12 @@ def _from_gguf(path: Path) -> Source:
         raise CheckpointError(f"{path}: cannot be read as GGUF ({type(error).__name__}: {error})") from None
     config.dtype = COMPUTE
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
-    stat = path.stat()
     return Stored(model, tensors, tensors.__getitem__).source(
         label=path.stem,
         config=_plain_config(config, model),
         write_files=lambda target: _save_files(model, tokenizer, target),
         bytes=sum(_sizes(tensors).values()),
-        fingerprint=f"{path.name}:{stat.st_size}:{stat.st_mtime_ns}",
+        fingerprint={path.name: stamp.words()},
         tokenizer=tokenizer,
         sizes=_sizes(tensors),
     )

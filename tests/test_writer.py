@@ -1,0 +1,284 @@
+"""Results: written part by part, joined on the way, finished in one step, and gone on with wherever they stopped."""
+
+import errno
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from wellrounded import tensorfile
+from wellrounded import writer as writing
+from wellrounded.checkpoint import Reader, Writer
+from wellrounded.errors import CheckpointError, UsageError
+from wellrounded.tensorfile import TensorFile, join
+
+REQUEST = {"source": "llama", "bits": 4, "settings": {"damping": 0.01}}
+
+
+def tensors(seed: int = 0, prefix: str = "") -> dict[str, torch.Tensor]:
+    """One of every dtype that occurs."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        f"{prefix}qweight": torch.randint(-(2**31), 2**31 - 1, (4, 6), dtype=torch.int32, generator=random),
+        f"{prefix}scales": torch.randn(2, 6, generator=random).half(),
+        f"{prefix}bias": torch.randn(6, generator=random).bfloat16(),
+        f"{prefix}odd": torch.randint(255, (3,), dtype=torch.uint8, generator=random),  # 3 bytes: nothing aligned after
+        f"{prefix}weight": torch.randn(3, 5, generator=random),
+        f"{prefix}count": torch.tensor(7),
+    }
+
+
+def assert_equal(got: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]), name
+
+
+def written(tmp_path, parts=("outside", "layers.0", "layers.1")) -> Writer:
+    """An unfinished run whose parts hold `tensors(i)`."""
+    writer = Writer(tmp_path / "out", REQUEST)
+    for i, part in enumerate(parts):
+        writer.add(part, tensors(i, f"{part}."), None if part == "outside" else [i])
+    return writer
+
+
+def again(writer: Writer, **options) -> Writer:
+    """What the next run finds, after this one was killed."""
+    writer.close()
+    return Writer(writer.out, **{"request": REQUEST, **options})
+
+
+def all_tensors(parts=("outside", "layers.0", "layers.1")) -> dict[str, torch.Tensor]:
+    return {name: t for i, part in enumerate(parts) for name, t in tensors(i, f"{part}.").items()}
+
+
+def finish(writer: Writer, parts=("outside", "layers.0", "layers.1")):
+    return writer.finish(parts, lambda directory: (directory / "config.json").write_text("{}"))
+
+
+# ---- writing ----
+
+
+def test_what_is_written_is_read_back_exactly(tmp_path):
+    out = finish(written(tmp_path))
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "model.safetensors"]
+    assert_equal(load_file(out / "model.safetensors"), all_tensors())
+    with safe_open(out / "model.safetensors", framework="pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_nothing_is_called_out_before_it_is_complete(tmp_path):
+    writer = written(tmp_path)
+    seen = []
+    writer.finish(["outside"], lambda directory: seen.append((tmp_path / "out").exists()))
+    assert seen == [False] and (tmp_path / "out").exists()
+
+
+def test_tensors_that_share_memory_are_stored_apart(tmp_path):
+    base = torch.arange(12.0).reshape(3, 4)
+    writer = Writer(tmp_path / "out", REQUEST)
+    writer.add("outside", {"a": base, "b": base, "transposed": base.T, "row": base[0]})
+    assert_equal(writer.read_part("outside"), {"a": base, "b": base, "transposed": base.T, "row": base[0]})
+
+
+@pytest.mark.parametrize(("parts_per_shard", "shards"), [(0.5, 5), (1.5, 5), (2.5, 3)])
+def test_several_shards_have_an_index(tmp_path, monkeypatch, parts_per_shard, shards):
+    parts = ["a", "b", "c", "d", "e"]
+    writer = Writer(tmp_path / "out", REQUEST)
+    for i, part in enumerate(parts):
+        writer.add(part, tensors(i, f"{part}."))
+    monkeypatch.setattr(writing, "SHARD_BYTES", parts_per_shard * writer.path_of("a").stat().st_size)
+    out = writer.finish(parts, lambda directory: None)
+    names = [f"model-{i:05d}-of-{shards:05d}.safetensors" for i in range(1, shards + 1)]
+    assert sorted(path.name for path in out.glob("*.safetensors")) == names
+    index = json.loads((out / "model.safetensors.index.json").read_text())
+    stored = {name: (file, t) for file in names for name, t in load_file(out / file).items()}
+    assert index["weight_map"] == {name: file for name, (file, _) in stored.items()}
+    wanted = all_tensors(parts)
+    assert index["metadata"]["total_size"] == sum(t.numel() * t.element_size() for t in wanted.values())
+    assert_equal({name: t for name, (_, t) in stored.items()}, wanted)
+    assert_equal({name: Reader(out).read(name) for name in wanted}, wanted)
+
+
+def test_joining_one_file_gives_its_tensors_byte_for_byte(tmp_path):
+    save_file(tensors(), tmp_path / "part", metadata={"format": "pt"})
+    join([TensorFile(tmp_path / "part")], tmp_path / "model.safetensors")
+    files = [tmp_path / "part", tmp_path / "model.safetensors"]
+    one, other = (path.read_bytes()[tensorfile.read_header(path)[1] :] for path in files)
+    assert one == other
+
+
+# ---- resuming ----
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path):
+    written(tmp_path, ("outside", "layers.0"))
+    writer = Writer(tmp_path / "out", json.loads(json.dumps(REQUEST)))
+    assert writer.finished == {"outside": None, "layers.0": [1]}
+    assert_equal(writer.read_part("layers.0"), tensors(1, "layers.0."))
+    writer.add("layers.1", tensors(2, "layers.1."), [2])
+    assert_equal(load_file(finish(writer) / "model.safetensors"), all_tensors())
+
+
+@pytest.mark.parametrize("lost", [1, 5, 20])
+def test_a_last_line_that_was_cut_off_does_not_count(tmp_path, lost):
+    written(tmp_path)
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal.write_text(journal.read_text()[:-lost])
+    writer = Writer(tmp_path / "out", REQUEST)
+    assert list(writer.finished) == ["outside", "layers.0"]
+    writer.add("layers.1", tensors(2, "layers.1."), [2])
+    assert list(again(writer).finished) == ["outside", "layers.0", "layers.1"]
+
+
+@pytest.mark.parametrize("content", ["", '{"request": {"sou'])
+def test_a_journal_that_never_came_to_a_first_line_starts_over(tmp_path, content):
+    journal = tmp_path / "out.partial" / "journal.jsonl"
+    journal.parent.mkdir()
+    journal.write_text(content)
+    writer = Writer(tmp_path / "out", REQUEST)
+    writer.add("outside", tensors())
+    assert list(again(writer).finished) == ["outside"]
+
+
+def test_another_request_is_not_continued_and_the_difference_is_named(tmp_path):
+    written(tmp_path)
+    with pytest.raises(UsageError) as caught:
+        Writer(tmp_path / "out", {**REQUEST, "bits": 3, "new": True})
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'out.partial'} holds another request's unfinished run")
+    assert "(bits: was 4, now 3; new: was None, now True); --fresh starts over" in message
+    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0", "layers.1"]
+
+
+def test_fresh_starts_over(tmp_path):
+    written(tmp_path)
+    writer = Writer(tmp_path / "out", {**REQUEST, "bits": 3}, fresh=True)
+    assert not writer.finished and not writer.path_of("layers.0").exists()
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_partial_directory_of_somebody_else_is_left_alone(tmp_path, fresh):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "thesis.tex").write_text("x")
+    with pytest.raises(UsageError, match=r"out\.partial is in the way and is not from an earlier run"):
+        Writer(tmp_path / "out", REQUEST, fresh=fresh)
+    assert (tmp_path / "out.partial" / "thesis.tex").exists()
+
+
+def test_an_abandoned_run_keeps_finished_work_and_nothing_else(tmp_path):
+    written(tmp_path, ("outside",)).abandon()
+    assert not list(tmp_path.iterdir())
+    written(tmp_path, ("outside", "layers.0")).abandon()
+    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["outside", "layers.0"]
+
+
+# ---- the place of the result ----
+
+
+@pytest.fixture
+def occupied(tmp_path):
+    """An earlier result at `out`."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "old.txt").write_text("old")
+    return tmp_path / "out"
+
+
+def test_an_existing_result_is_refused(occupied):
+    with pytest.raises(UsageError, match="out exists and is not empty; choose another directory or pass --force"):
+        Writer(occupied, REQUEST)
+    assert [path.name for path in occupied.parent.iterdir()] == ["out"]
+
+
+def test_an_empty_directory_will_do(tmp_path):
+    (tmp_path / "out").mkdir()
+    assert (finish(written(tmp_path)) / "config.json").exists()
+
+
+def test_force_replaces_the_old_result_at_the_very_end(tmp_path, occupied):
+    writer = Writer(occupied, REQUEST, force=True)
+    writer.add("outside", tensors())
+    assert (occupied / "old.txt").exists()
+    writer.finish(["outside"], lambda directory: None)
+    assert [path.name for path in occupied.iterdir()] == ["model.safetensors"]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def fail(*_):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_old_result_stays_if_the_new_one_cannot_be_completed(tmp_path, occupied):
+    writer = Writer(occupied, REQUEST, force=True)
+    writer.add("layers.0", tensors(), [0])
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        writer.finish(["layers.0"], fail)
+    assert [path.name for path in occupied.iterdir()] == ["old.txt"]
+    following = again(writer, force=True)
+    assert list(following.finished) == ["layers.0"]
+    assert following.finish(["layers.0"], lambda directory: None).exists()
+
+
+def test_the_old_result_stays_if_the_new_one_cannot_take_its_place(tmp_path, occupied, monkeypatch):
+    writer = Writer(occupied, REQUEST, force=True)
+    writer.add("layers.0", tensors(), [0])
+    rename = type(occupied).rename
+    monkeypatch.setattr(type(occupied), "rename", lambda a, b: fail() if a.name == "ready" else rename(a, b))
+    with pytest.raises(CheckpointError, match="Input/output error"):
+        writer.finish(["layers.0"], lambda directory: None)
+    assert [path.name for path in occupied.iterdir()] == ["old.txt"]
+
+
+def test_a_file_in_the_place_of_the_result_is_refused(tmp_path):
+    (tmp_path / "out").write_text("x")
+    with pytest.raises(UsageError, match="out is a file; name a directory for the result"):
+        Writer(tmp_path / "out", REQUEST, force=True)
+
+
+def test_a_mount_point_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(Path, "is_mount", lambda path: path.name == "volume")
+    with pytest.raises(
+        UsageError, match="volume is a mount point, and cannot be replaced; name a new directory inside"
+    ):
+        Writer(tmp_path / "volume", REQUEST)
+
+
+@pytest.mark.parametrize("name", [".", "..", "../.."])
+def test_the_current_directory_cannot_be_replaced(tmp_path, monkeypatch, name):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "a" / "b")
+    with pytest.raises(UsageError, match="is where you are, and cannot be replaced from there; name a new directory"):
+        Writer.check(Path(name), force=True)
+
+
+def test_a_place_without_permission_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path)
+    with pytest.raises(UsageError, match=f"no permission to write in {re.escape(str(tmp_path))}; choose another"):
+        Writer(tmp_path / "deep" / "out", REQUEST)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    def disk_full(tensors, path, metadata):
+        path.write_bytes(b"half a part")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = written(tmp_path, ("outside", "layers.0"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "save_file", disk_full)
+        with pytest.raises(CheckpointError) as caught:
+            writer.add("layers.1", tensors(2, "layers.1."), [2])
+    message = str(caught.value)
+    assert message.startswith(f"writing {writer.path_of('layers.1')}: ") and "No space left on device" in message
+    assert re.search(r"\([\d,]+ MiB free\); finished blocks are kept, make room", message)
+    assert sorted(p.name for p in writer.partial.iterdir()) == ["journal.jsonl", "layers.0.part", "outside.part"]
+    following = again(writer)
+    assert list(following.finished) == ["outside", "layers.0"]
+    following.add("layers.1", tensors(2, "layers.1."), [2])
+    assert_equal(load_file(finish(following) / "model.safetensors"), all_tensors())
