@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from .errors import UsageError
 from .pipeline import Progress
 from .report import Report
 from .request import Request, chosen_device, limit, refuse_longer
+from .runlog import RunLog, one_line
 
 
 def quantize(
@@ -56,7 +58,8 @@ def quantize(
     force        replace `out` if it exists;  fresh: start over instead of going on with an unfinished run
 
     Raises UsageError for a request that cannot be carried out, NumericsError for NaN or Inf in weights or
-    activations (naming the layer), CheckpointError for damaged files or a full disk. Finished blocks are kept.
+    activations (naming the layer), CheckpointError for damaged files or a full disk. Finished blocks are kept, and
+    `out`.log tells what happened.
     """
     from .hf.source import open_source
 
@@ -68,14 +71,24 @@ def quantize(
         length=length, seed=seed, ignore=ignore, only=only, lm_head=lm_head, recipe=recipe,
         settings=settings or Settings(), device=chosen_device(device),
     )  # fmt: skip
-    source = model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
-    run = request.run(source)
-    writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
-    try:
-        return run.write(writer, progress)
-    except BaseException:
-        writer.abandon()
-        raise
+    asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
+    with RunLog(out, asked) as log:
+        source = model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
+        run = request.run(source)
+        writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
+        log.keep = writer.worth_keeping
+        if writer.complete:
+            log.say("an earlier run had finished all but tidying up")
+            return log.done(Report.read(out))
+        if writer.finished:
+            log.say(f"going on after {', '.join(writer.finished)}")
+        try:
+            return log.done(run.write(writer, log.telling(progress)))
+        except BaseException:
+            writer.abandon()
+            raise
+        finally:
+            log.keep = writer.worth_keeping
 
 
 def merge(

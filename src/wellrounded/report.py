@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .core.recipe import role_of
 from .core.weight import QuantizedWeight
+from .errors import CheckpointError
 
 OVERLOOKED = 0.01  # of the model: a weight that stays dense unasked and is larger is a problem
 
@@ -162,8 +166,32 @@ class Report:
             "problems": self.problems(),
             "version": self.version,
             "generates": self.generates,
-            "layers": [asdict(layer) for layer in self.layers],
+            "layers": [{**asdict(layer), "bits_per_weight": self._bits.get(layer.name)} for layer in self.layers],
         }
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> Report:
+        """The report of which `to_dict`, or its JSON, is this; figures that were NaN are NaN again."""
+        own = {field.name for field in fields(cls)}
+        report = cls(**{key: value for key, value in content.items() if key in own - {"layers", "fidelity"}})
+        if (fidelity := content["fidelity"]) is not None:
+            report.fidelity = {key: math.nan if value is None else value for key, value in fidelity.items()}
+        report.expert_modules = list(content["experts"] or {})
+        for layer in content["layers"]:
+            bits = layer.get("bits_per_weight")
+            report.layers.append(LayerResult(**{key: v for key, v in layer.items() if key != "bits_per_weight"}))
+            if bits is not None:
+                report._bits[layer["name"]] = bits
+        return report
+
+    @classmethod
+    def read(cls, directory: Path) -> Report:
+        """The report that lies in a finished directory. Raises CheckpointError if there is none."""
+        path = directory / "quantization_report.json"
+        try:
+            return cls.from_dict(json.loads(path.read_text(encoding="utf-8")))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{path}: not a report of a run ({type(error).__name__}: {error})") from None
 
     def summary(self) -> list[tuple[str, str]]:
         """The closing table as (label, value) rows."""

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
             force=args.force,
             fresh=args.fresh,
             trust_remote_code=args.trust_remote_code,
-            progress=lambda p: bar.step(p.done, p.total, p.seconds),
+            progress=bar.tell,
         )
     return show(report, args.json, args.model)
 

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ..card import to_json
+from ..runlog import duration, figures, lines
+
+if TYPE_CHECKING:
+    from ..pipeline import Progress
 
 # Names and patterns are printed as they are, brackets included, and lines as long as they are, into pipes too.
 PLAIN = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
@@ -41,28 +46,36 @@ def print_columns(header: list[str], rows: list[list[str]], left: int = 1) -> No
 
 
 class Bar:
-    """Counts steps: a bar on a terminal, elsewhere a line every so often."""
+    """Counts steps: a bar on a terminal, elsewhere a line every so often, or for every block."""
 
     def __init__(self, what: str) -> None:
         self.what = what
         self.lines = not stderr.is_terminal
-        self.bar = Progress(
+        self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
             TextColumn("{task.completed:.0f}/{task.total:.0f}"),
             TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(elapsed_when_finished=False),
+            TextColumn("{task.fields[said]}"),
             console=stderr,
         )
-        self.task = self.bar.add_task(what, total=None)
+        self.task = self.bar.add_task(what, total=None, said="")
 
     def step(self, done: int, total: int, seconds: float) -> None:
         """`done` of `total` steps after `seconds`."""
-        self.bar.update(self.task, completed=done, total=total)
+        left = duration(seconds / max(done, 1) * (total - done))
+        self.bar.update(self.task, completed=done, total=total, said=f"about {left} left" if done < total else "")
         if self.lines and (done in (1, total) or done * 10 // total > (done - 1) * 10 // total):
-            left = seconds / done * (total - done)
-            stderr.print(f"{self.what}: {done}/{total}, {seconds:.0f} s, about {left:.0f} s left")
+            stderr.print(f"{self.what}: {done}/{total}, {seconds:.0f} s, about {left} left")
+
+    def tell(self, progress: Progress) -> None:
+        """A block is done, or something happened in between."""
+        if self.lines or progress.message:
+            for line in lines(progress):
+                stderr.print(line)
+        if not progress.message:
+            said = ", ".join(figures(progress))
+            self.bar.update(self.task, completed=progress.done, total=progress.total, said=said)
 
 
 @contextmanager
