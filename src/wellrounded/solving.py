@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import log10
 
 import torch
 
 from .core import gptq, rtn
-from .core.hessian import FactorError, Hessian
+from .core.factor import FactorError
+from .core.hessian import Hessian
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
 from .errors import NumericsError
 from .model.siblings import Member
-from .report import LayerResult, error_db
+from .report import LayerResult
 
+ERROR_ELEMENTS = 2**22  # float32 weights whose errors are measured at a time: plain rounding takes ten times as much
 Solved = tuple[QuantizedWeight, LayerResult]
 
 
@@ -41,48 +44,90 @@ def solve(
 ) -> Iterator[Solved]:
     """Quantize the layers of each member as one, and all members side by side.
 
-    names and weights (float32 [out, in]) are those of each member's layers; without `calibrated` nothing is known of
-    their inputs, and nobody expects it. Raises NumericsError, naming the layers, for NaN or Inf.
+    names and weights ([out, in], any float dtype) are those of each member's layers; without `calibrated` nothing is
+    known of their inputs, and nobody expects it. Raises NumericsError, naming the layers, for NaN or Inf.
     """
-    talls = [torch.cat(mine) if len(mine) > 1 else mine[0] for mine in weights]
     rows = [len(weight) for weight in weights[0]]
     try:
-        solutions = _solutions(talls, [member.hessian for member in members], scheme, settings, calibrated)
-        for member, mine, layers, tall, (solved, damping, fallback) in zip(members, weights, names, talls, solutions):
+        solutions = _solutions(weights, [member.hessian for member in members], scheme, settings, calibrated)
+        for member, mine, layers, (solved, damping, fallback) in zip(members, weights, names, solutions):
             if member.filled and fallback is None:
-                fallback = f"read {member.tokens} of the {tall.shape[1]} tokens it needs, the rest from all experts"
-            moment = member.hessian.matrix() if member.hessian is not None else None
-            plain = rtn.solve(tall, None, scheme).split(rows) if moment is not None else [None] * len(rows)
-            for name, weight, piece, rounded in zip(layers, mine, solved.split(rows), plain):
-                after = error_db(weight, piece, moment) if moment is not None else None
-                before = error_db(weight, rounded, moment) if moment is not None and rounded is not None else None
-                parameters, tokens = weight.numel(), member.tokens
-                yield piece, LayerResult(name, str(scheme), parameters, tokens, after, before, damping, fallback)
+                fallback = f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
+            for name, weight, piece in zip(layers, mine, solved.split(rows)):
+                errors = errors_db(weight, piece, member.hessian) if member.hessian is not None else (None, None)
+                yield piece, LayerResult(name, str(scheme), weight.numel(), member.tokens, *errors, damping, fallback)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(name for layers in names for name in layers)}: {error}") from None
 
 
+def errors_db(weight: torch.Tensor, quantized: QuantizedWeight, hessian: Hessian) -> tuple[float, float]:
+    """10 log10 of `tr(E H E^T) / tr(W H W^T)`, E = W - Q, for `quantized` and for plain rounding of `weight`.
+
+    Some rows at a time, beside the Hessian's own matrix: report.error_db is the definition.
+    """
+    some = [part.stop - part.start for part in gptq.chunks(*weight.shape, ERROR_ELEMENTS)]
+    lost = plain = signal = 0.0
+    for rows, chosen in zip(weight.split(some), quantized.split(some)):
+        rows = rows.detach().float()
+        lost += _energy(rows - chosen.dequantize(), hessian)
+        plain += _energy(rows - rtn.solve(rows, None, quantized.scheme).dequantize(), hessian)
+        signal += _energy(rows, hessian)
+    least = 1e-30
+    mine, theirs = (10 * log10(max(each, least) / max(signal, least)) for each in (lost, plain))
+    return mine, theirs
+
+
+def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
+    """tr(rows H rows^T)."""
+    return float((rows @ hessian.mirrored()).mul_(rows).sum()) / max(hessian.tokens, 1)
+
+
 def _solutions(
-    weights: list[torch.Tensor],
+    weights: list[list[torch.Tensor]],
     hessians: list[Hessian | None],
     scheme: Scheme,
     settings: gptq.Settings,
     calibrated: bool,
 ) -> list[tuple[QuantizedWeight, float | None, str | None]]:
-    """For each weight, its quantized form, the damping that was used, and why it is not what was asked for."""
+    """For each member, its quantized form, the damping that was used, and why it is not what was asked for."""
     known = [hessian for hessian in hessians if hessian is not None]
     if len(known) < len(hessians):  # no token reached any of them
         why = "no calibration token reached this layer" if calibrated else None
-        return [(rtn.solve(weight, None, scheme), None, why) for weight in weights]
+        return [(_rounded(mine, None, scheme), None, why) for mine in weights]
+    prepared = gptq.prepare(known, scheme, settings)
+    quantized = prepared.solve(
+        sum(len(weight) for weight in weights[0]), lambda some: _stacked([_rows(mine, some) for mine in weights])
+    )
+    dampings = prepared.factors.damping
+    del prepared  # and with it the factors, which are large
     found: list[tuple[QuantizedWeight, float | None, str | None]] = []
-    for weight, hessian, solution in zip(
-        weights, known, gptq.solve_stacked(torch.stack(weights), known, scheme, settings)
-    ):
-        if isinstance(solution, FactorError):
-            found.append((rtn.solve(weight, hessian, scheme), None, f"plain rounding: {solution}"))
+    for mine, hessian, solved, damping in zip(weights, known, quantized, dampings):
+        if isinstance(damping, FactorError):
+            found.append((_rounded(mine, hessian, scheme), None, f"plain rounding: {damping}"))
             continue
-        quantized, factored = solution
-        raised = factored.damping > settings.damping
-        why = f"damping raised from {settings.damping:g} to {factored.damping:g}" if raised else None
-        found.append((quantized, factored.damping, why))
+        why = f"damping raised from {settings.damping:g} to {damping:g}" if damping > settings.damping else None
+        found.append((solved, damping, why))
     return found
+
+
+def _rounded(weights: list[torch.Tensor], hessian: Hessian | None, scheme: Scheme) -> QuantizedWeight:
+    """Plain rounding of layers as one tall matrix, some rows at a time."""
+    rows, inputs = sum(len(weight) for weight in weights), weights[0].shape[1]
+    parts = [rtn.solve(_rows(weights, some), hessian, scheme) for some in gptq.chunks(rows, inputs, gptq.ROW_ELEMENTS)]
+    codes, scales, zeros = (torch.cat(each) for each in zip(*((p.codes, p.scales, p.zeros) for p in parts)))
+    return QuantizedWeight(codes, scales, zeros, parts[0].group_index, scheme)
+
+
+def _stacked(members: list[torch.Tensor]) -> torch.Tensor:
+    return torch.stack(members) if len(members) > 1 else members[0].unsqueeze(0)
+
+
+def _rows(weights: list[torch.Tensor], some: slice) -> torch.Tensor:
+    """[some, in] of the layers on top of each other: without a copy if they are of one layer."""
+    found, start = [], 0
+    for weight in weights:
+        first, last = max(some.start - start, 0), min(some.stop - start, len(weight))
+        if first < last:
+            found.append(weight[first:last])
+        start += len(weight)
+    return found[0] if len(found) == 1 else torch.cat(found)

@@ -1,14 +1,16 @@
 """The laws of the solver. Settings are spelled out, so that tuning the defaults cannot change what is tested."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 import torch
 
-from wellrounded.core import gptq, grid, rtn
+from wellrounded.core import gptq, grid, rounding, rtn
+from wellrounded.core.factor import FactorError, factor
 from wellrounded.core.gptq import Settings
-from wellrounded.core.hessian import FactorError, Hessian, factor
+from wellrounded.core.hessian import Hessian
 from wellrounded.core.scheme import BITS, Scheme
 from wellrounded.errors import NumericsError
 
@@ -71,8 +73,14 @@ def assert_same_but_for_ties(codes, expected, targets, scales, tolerance) -> Non
 
 
 def refit(*matrices: torch.Tensor) -> torch.Tensor:
-    """One member's new scales."""
-    return gptq.refit(*(matrix[None] for matrix in matrices))[0]
+    """One member's new scales; the last matrix is the damped Hessian."""
+    *stacks, damped = (matrix[None] for matrix in matrices)
+    return rounding.refit(*stacks, rows_of(damped))[0]
+
+
+def rows_of(damped: torch.Tensor) -> Callable[[torch.Tensor], torch.Tensor]:
+    """How a refit asks for rows of damped Hessians [members, in, in]."""
+    return lambda columns: damped[torch.arange(len(damped))[:, None], columns]
 
 
 class Problem:
@@ -92,7 +100,7 @@ class Problem:
         """Codes [out, in], like the twin's."""
         columns, groups = self.weight.T[self.order].to(dtype), self.groups[self.order]
         stacks = (each[None] for each in (columns, self.upper.to(dtype), self.scales.T, self.zeros.T, groups))
-        (steps,), zeros = gptq.sweep(*stacks, self.scheme, panel), self.zeros.T
+        (steps,), zeros = rounding.sweep(*stacks, self.scheme, panel), self.zeros.T
         codes = torch.empty_like(steps)
         codes[self.order] = steps + zeros[groups]
         return codes.T
@@ -132,7 +140,7 @@ def test_a_solution_is_the_textbook_on_the_grid_it_stores(scheme, act_order, ord
     q, factored = gptq.solve(weight, hessian, scheme, replace(PLAIN, order=order_name))
     groups = q.group_index.long()
     order = order_of(hessian.diagonal(), groups, order_name)
-    assert torch.equal(factored.damped, factor(hessian.matrix()[order][:, order], PLAIN.damping).damped)
+    assert torch.equal(factored.upper, factor(hessian.matrix()[order][:, order], PLAIN.damping).upper)
     damped = torch.empty(COLUMNS, COLUMNS, dtype=torch.float64)
     damped[order[:, None], order] = factored.upper.double() @ factored.upper.double().T
     expected, targets = twin.gptq(weight, damped, q.scales, q.zeros, groups, order, scheme.max_code)
@@ -145,8 +153,8 @@ def test_a_solution_is_the_textbook_on_the_grid_it_stores(scheme, act_order, ord
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_every_code_is_the_nearest_to_its_target_and_the_loss_is_what_they_miss(scheme):
     """`t_j - q_j` weighs R_jj^2 (Babai): the sum is the trace that the Hessian gives."""
-    weight = weights()
-    q, factored = gptq.solve(weight, hessian_of(inputs()), scheme, PLAIN)
+    weight, hessian = weights(), hessian_of(inputs())
+    q, factored = gptq.solve(weight, hessian, scheme, PLAIN)
     upper, groups = factored.upper.double(), q.group_index.long()
     quantized = twin.restore(q.codes.double() - q.zeros[:, groups], q.scales, groups)
     targets = weight.double() + (weight.double() - quantized) @ torch.triu(upper / upper.diagonal(), 1)
@@ -160,7 +168,8 @@ def test_every_code_is_the_nearest_to_its_target_and_the_loss_is_what_they_miss(
     # The factor is backward stable: R R^T is off by (in + 1) half-units of |R| |R|^T, entry by entry.
     error = (weight - quantized).abs()
     tolerance = (COLUMNS + 1) * 2.0**-24 * ((error @ upper.abs()) ** 2).sum(1)
-    assert ((missed - twin.exact_loss(weight, quantized, factored.damped)).abs() <= tolerance).all()
+    damped = twin.damped(hessian.matrix(), factored.damping)
+    assert ((missed - twin.exact_loss(weight, quantized, damped)).abs() <= tolerance).all()
 
 
 # Where it must agree with plain rounding, and where it must win
@@ -380,11 +389,12 @@ def test_refits_inside_a_solution_keep_the_codes_and_lower_the_loss(scheme):
     weight, hessian = weights(), hessian_of(inputs())
     solved = [gptq.solve(weight, hessian, scheme, replace(PLAIN, refit_sweeps=n)) for n in (0, 1, 3)]
     (q, factored), *_ = solved
-    losses = [twin.exact_loss(weight, each.dequantize(), factored.damped) for each, _ in solved]
+    damped = twin.damped(hessian.matrix(), factored.damping)
+    losses = [twin.exact_loss(weight, each.dequantize(), damped) for each, _ in solved]
     assert all(torch.equal(each.codes, q.codes) for each, _ in solved)
     # In float32 the slope of the loss in a scale is off by about `in` half-units of its absolute terms, and a scale
     # that is not really better can be taken for better by that much: its change times twice the slope's error.
-    groups, H = q.group_index.long(), factored.damped.double().abs()
+    groups, H = q.group_index.long(), damped.double().abs()
     steps = (q.codes.double() - q.zeros[:, groups]).abs()
     error = (weight.double() - q.dequantize().double()).abs() + 2.0**-11 * weight.double().abs()
     slope = COLUMNS * 2.0**-24 * (steps * (error @ H)) @ torch.nn.functional.one_hot(groups).double()
@@ -411,21 +421,15 @@ def test_a_scale_never_becomes_zero():
 # When it cannot be done
 
 
-class Lowered(Hessian):
-    """A Hessian whose eigenvalues are all smaller than they are, by as much."""
-
-    by = 0.0
-
-    def matrix(self):
-        return super().matrix() - self.by * torch.eye(self.size)
-
-
-def lowered(by: float) -> Lowered:
-    """Eigenvalues 1.5 - by and 0.5 - by, diagonal 1 - by: damping d adds d * 1.5 * (1 - by)."""
-    hessian = Lowered(2)
-    hessian.update(torch.tensor([[1.5**0.5, 1.5**0.5], [0.5**0.5, -(0.5**0.5)]]))
-    hessian.by = by
+def lower(hessian: Hessian, by: float) -> Hessian:
+    """Itself, all eigenvalues smaller than they were by as much."""
+    hessian.mirrored().diagonal().sub_(by * hessian.tokens)
     return hessian
+
+
+def lowered(by: float) -> Hessian:
+    """Eigenvalues 1.5 - by and 0.5 - by, diagonal 1 - by: damping d adds d * 1.5 * (1 - by)."""
+    return lower(hessian_of(torch.tensor([[1.5**0.5, 1.5**0.5], [0.5**0.5, -(0.5**0.5)]])), by)
 
 
 def test_a_raised_damping_is_reported():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from wellrounded import native
-from wellrounded.core import gptq, grid
+from wellrounded.core import grid, rounding
 from wellrounded.core.scheme import BITS, Scheme
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
@@ -79,7 +79,7 @@ def test_a_panel_is_rounded_as_the_definition_rounds_it(columns, outputs):
     for stored in (feedback, feedback.T.contiguous().T):  # a factor may lie in memory either way
         mine = native.sweep(weight, weight.clone(), stored, scales, low, 15, steps[0])
         stacks = (each[None] for each in (weight, weight.clone(), feedback, scales, low))
-        (theirs,) = gptq.sweep_panel(*stacks, 15, steps[1][None])
+        (theirs,) = rounding.sweep_panel(*stacks, 15, steps[1][None])
         # A fused multiply-add may move a target across the middle between two steps, and all that follow it a little.
         assert (steps[0] == steps[1]).float().mean() > 0.999
         alike = (steps[0] == steps[1]).all(0)

@@ -63,3 +63,11 @@ def refit(weight, steps, scales, groups, damped):
                 if best != 0 and loss(g, best.double()) < loss(g, scales[r, g].double()):
                     scales[r, g] = best
     return scales
+
+
+def damped(matrix, damping):
+    """[in, in] like `matrix`, `damping * (H_jj / 2 + median of the live ones)` added to its diagonal."""
+    diagonal = matrix.diagonal()
+    live = sorted(diagonal[diagonal > 0].tolist())
+    middle = live[(len(live) - 1) // 2] if live else 0.0
+    return matrix + torch.diag(damping * (0.5 * diagonal + middle))

@@ -8,24 +8,28 @@ inverse-free form: with the damped Hessian factored as `H = R R^T`, R upper tria
 which gives the codes of the textbook form (Cholesky of the inverse) for a third of its work. This is Babai's nearest
 plane; see Chen et al., "The Geometry of LLM Quantization" (2025).
 
-Everything here is done to a stack of matrices at once, [members, ...]: the experts of a layer. `stack[member, index]`,
-with `member` from `_members`, takes from each member rows of its own. One matrix is a stack of one.
+Everything here is done to a stack of matrices at once, [members, ...]: the experts of a layer. One matrix is a stack of
+one. What depends on the inputs alone is prepared first; rows of the weight do not influence each other, and go through
+in chunks: beside the Hessian, its factor and the codes, solving takes the same memory for a small layer and a huge one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .. import native
 from ..errors import UsageError
 from . import grid
-from .hessian import Factor, FactorError, Hessian, factor_stacked
+from .factor import TILE, Factor, FactorError, Factors, factor_hessians, ridge
+from .hessian import Hessian
+from .rounding import members_of, refit, sweep
 from .scheme import Scheme
 from .weight import QuantizedWeight
 
+ROW_ELEMENTS = 2**24  # float32 weights that are solved at a time, 64 MB; four to five arrays of that size are alive
+LEAST_ROWS = 64  # but never fewer rows: each chunk reads the whole factor
 ORDERS = ("importance", "group", "stored")
 
 
@@ -33,7 +37,7 @@ ORDERS = ("importance", "group", "stored")
 class Settings:
     """How a solution is looked for; what is stored is the Scheme's business.
 
-    damping       relative strength of the ridge added to the Hessian's diagonal (see hessian.factor)
+    damping       relative strength of the ridge added to the Hessian's diagonal (see factor.ridge)
     panel         columns whose corrections are applied together; changes the speed, never the result
     order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
@@ -84,143 +88,110 @@ def solve_stacked(
     """
     if len(weights) != len(hessians):
         raise ValueError(f"{len(weights)} weights need as many Hessians, not {len(hessians)}")
-    weights, member = weights.detach().float(), _members(weights)
+    prepared = prepare(hessians, scheme, settings)
+    quantized = prepared.solve(weights.shape[1], lambda rows: weights[:, rows])
+    return [f if isinstance(f, FactorError) else (q, f) for q, f in zip(quantized, prepared.factors.members())]
+
+
+def prepare(hessians: Sequence[Hessian], scheme: Scheme, settings: Settings = Settings()) -> Prepared:
+    """What `solve` needs to know of the inputs. Raises NumericsError if any of them held NaN or Inf."""
     importance = torch.stack([hessian.diagonal() for hessian in hessians])
     index = _group_index(importance, scheme)
-    grouped = torch.argsort(index, stable=True)
-    weighted_by = importance.gather(1, grouped)
-    scales, zeros = grid.search(_columns(weights, grouped), weighted_by, scheme, settings.candidates)
-
     order = _sweep_order(importance, index, settings.order)
-    factors = factor_stacked(
-        torch.stack([hessian.matrix()[mine.unsqueeze(1), mine] for hessian, mine in zip(hessians, order)]),
-        settings.damping,
-    )
-    columns, groups = weights.mT[member, order].contiguous(), index.long().gather(1, order)
-    steps = sweep(columns, factors.upper, scales.mT, zeros.mT, groups, scheme, settings.panel)
-    for _ in range(settings.refit_sweeps):
-        scales = refit(columns, steps, scales.mT, groups, factors.damped).mT
-
-    codes = (steps + zeros.mT[member, groups]).to(torch.uint8)
-    stored = codes[member, torch.argsort(order)].mT.contiguous()
-    quantized = [QuantizedWeight(*each, scheme) for each in zip(stored, scales.contiguous(), zeros, index)]
-    return [f if isinstance(f, FactorError) else (q, f) for q, f in zip(quantized, factors.members())]
+    factors = factor_hessians(hessians, order, settings.damping)
+    return Prepared(hessians, scheme, settings, importance, index, order, factors)
 
 
-def sweep(
-    weights: torch.Tensor,
-    upper: torch.Tensor,
-    scales: torch.Tensor,
-    zeros: torch.Tensor,
-    groups: torch.Tensor,
-    scheme: Scheme,
-    panel: int,
-) -> torch.Tensor:
-    """Codes minus zeros, like `weights` [members, in, out]: one input column per row, so that steps are contiguous.
+@dataclass(frozen=True)
+class Prepared:
+    """Hessians, their factors, and the order of the columns: enough to solve any rows that read these inputs.
 
-    upper [members, in, in] from `factor_stacked`; scales and zeros [members, groups, out]; groups [members, in] int64.
-    Corrections inside a panel are rank-one updates; what a finished panel owes to the columns after it is one matrix
-    product.
+    importance  float32 [members, in]: diag(H)
+    index       int32 [members, in]: the group of each column
+    order       int64 [members, in]: which column is rounded when; the factors are in this order
     """
-    feedback = upper / upper.diagonal(dim1=1, dim2=2).unsqueeze(1)  # column j divided by R_jj
-    target, member = weights.clone(), _members(weights)
-    steps = torch.empty_like(weights)
-    scales, low = scales.to(weights.dtype), -zeros.to(weights.dtype)
-    round_panel = _native_panel if native.serves(weights, target, steps) else sweep_panel
-    for start in range(0, weights.shape[1], panel):
-        mine, rest = slice(start, start + panel), slice(start + panel, None)
-        grids = (scales[member, groups[:, mine]], low[member, groups[:, mine]])
-        inside = (weights[:, mine], target[:, mine], feedback[:, mine, mine], *grids)
-        errors = round_panel(*inside, scheme.max_code, steps[:, mine])
-        _add_products(target[:, rest], feedback[:, mine, rest].mT, errors)
-    return steps
+
+    hessians: Sequence[Hessian]
+    scheme: Scheme
+    settings: Settings
+    importance: torch.Tensor
+    index: torch.Tensor
+    order: torch.Tensor
+    factors: Factors
+
+    def solve(self, rows: int, take: Callable[[slice], torch.Tensor]) -> list[QuantizedWeight]:
+        """Member by member, weights of `rows` rows; `take` gives some of them, [members, some, in], any float dtype.
+
+        Where a member has no factor the result means nothing. Raises NumericsError if a weight is NaN or Inf.
+        """
+        members, inputs = self.order.shape
+        groups, device = self.scheme.groups(inputs), self.order.device
+        codes = torch.empty(members, rows, inputs, dtype=torch.uint8, device=device)
+        scales = torch.empty(members, rows, groups, dtype=torch.float16, device=device)
+        zeros = torch.empty(members, rows, groups, dtype=torch.uint8, device=device)
+        for some in chunks(rows, inputs, ROW_ELEMENTS // members):
+            codes[:, some], scales[:, some], zeros[:, some] = self._solve(take, some)
+        return [QuantizedWeight(*each, self.scheme) for each in zip(codes, scales, zeros, self.index)]
+
+    def _solve(
+        self, take: Callable[[slice], torch.Tensor], some: slice
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Codes [members, some, in], scales and zeros [members, some, groups] of one chunk of rows."""
+        weights, member, groups = take(some).detach().float(), members_of(self.order), self.index.long()
+        scales, zeros = (each.mT for each in self._grids(weights))
+        columns = weights.mT[member, self.order].contiguous()
+        del weights
+        steps = sweep(
+            columns, self.factors.upper, scales, zeros, groups.gather(1, self.order), self.scheme, self.settings.panel
+        )
+        stored = torch.argsort(self.order)
+        steps = steps[member, stored]
+        if self.settings.refit_sweeps:
+            columns = columns[member, stored]
+        for _ in range(self.settings.refit_sweeps):
+            scales = refit(columns, steps, scales, groups, self._damped_rows)
+        del columns
+        codes = steps.add_(zeros.to(steps.dtype)[member, groups]).to(torch.uint8)
+        return codes.mT, scales.mT, zeros.mT
+
+    def _grids(self, weights: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scales and zeros [members, rows, groups], searched on the columns of each group."""
+        importance = self.importance
+        if self.scheme.act_order:
+            grouped = torch.argsort(self.index, stable=True)
+            weights = weights.gather(2, grouped.unsqueeze(1).expand(-1, weights.shape[1], -1))
+            importance = importance.gather(1, grouped)
+        return grid.search(weights, importance, self.scheme, self.settings.candidates)
+
+    def _damped_rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """[members, k, in]: rows of the damped Hessians, as stored, for columns int64 [members, k]."""
+        rows = [hessian.rows(mine) for hessian, mine in zip(self.hessians, columns)]
+        found = torch.stack(rows) if len(rows) > 1 else rows[0].unsqueeze(0)
+        return found.scatter_add_(2, columns.unsqueeze(2), self._ridge().gather(1, columns).unsqueeze(2))
+
+    def _ridge(self) -> torch.Tensor:
+        """[members, in]: what was added to each diagonal; 0 where there is no factor."""
+        damping = [0.0 if isinstance(d, FactorError) else d for d in self.factors.damping]
+        return ridge(self.importance) * self.importance.new_tensor(damping).unsqueeze(1)
 
 
-def sweep_panel(
-    weights: torch.Tensor,
-    target: torch.Tensor,
-    feedback: torch.Tensor,
-    scales: torch.Tensor,
-    low: torch.Tensor,
-    most: int,
-    steps: torch.Tensor,
-) -> torch.Tensor:
-    """Round the columns of one panel, all [members, columns, out]; writes `steps`, uses up `target`, returns errors."""
-    errors = torch.empty_like(weights)
-    for j in range(weights.shape[1]):
-        lowest = low[:, j]
-        torch.clamp((target[:, j] / scales[:, j]).round_(), lowest, lowest + most, out=steps[:, j])
-        torch.addcmul(weights[:, j], steps[:, j], scales[:, j], value=-1, out=errors[:, j])
-        target[:, j + 1 :].addcmul_(feedback[:, j, j + 1 :, None], errors[:, j, None])
-    return errors
+def chunks(rows: int, inputs: int, elements: int) -> Iterator[slice]:
+    """Which rows are taken together, about `elements` values: from shapes alone, the same on every machine."""
+    some = max(LEAST_ROWS, elements // inputs)
+    for start in range(0, rows, some):
+        yield slice(start, min(start + some, rows))
 
 
-def _native_panel(
-    weights: torch.Tensor,
-    target: torch.Tensor,
-    feedback: torch.Tensor,
-    scales: torch.Tensor,
-    low: torch.Tensor,
-    most: int,
-    steps: torch.Tensor,
-) -> torch.Tensor:
-    """The same by the native core, member by member."""
-    members = zip(weights, target, feedback, scales, low, steps)
-    return torch.stack([native.sweep(w, t, f, s, lowest, most, q) for w, t, f, s, lowest, q in members])
+def working_bytes(inputs: int, outputs: int, members: int = 1) -> int:
+    """What solving allocates at its peak: factor, codes, and the larger of what factoring and rounding need besides.
 
-
-def refit(
-    weights: torch.Tensor,
-    steps: torch.Tensor,
-    scales: torch.Tensor,
-    groups: torch.Tensor,
-    damped: torch.Tensor,
-) -> torch.Tensor:
-    """Scales float16 [members, groups, out] that fit the chosen codes better, group after group, in closed form.
-
-    With codes fixed, the loss is quadratic in each scale: its best value is s + num / den with
-    `num = sum(steps_g * (H_g E))`, `den = sum(steps_g * (H_gg steps_g))`, E = W - Q. The rounded scale is taken only
-    where it is closer to the best one than the old scale was, which is exactly where the loss falls.
-    Source: the coordinate form of the scale step in Guo et al., "decoupleQ" (2024).
+    The Hessians themselves are not counted, and neither are the weights before they are taken to float32.
     """
-    scales, member = scales.clone(), _members(scales)
-    error = weights - steps * scales.float()[member, groups]
-    widths = torch.bincount(groups[0], minlength=scales.shape[1]).tolist()  # the same for every member
-    for g, columns in enumerate(torch.argsort(groups, stable=True).split(widths, 1)):
-        mine, old = steps[member, columns], scales[:, g].float()
-        across = damped[member, columns]
-        within = _columns(across, columns)
-        gradient = (mine * _add_products(torch.zeros_like(mine), across, error)).sum(1)
-        curvature = (mine * _add_products(torch.zeros_like(mine), within, mine)).sum(1)
-        best = old + gradient / curvature.clamp_min(1e-30)
-        new = best.half().float()
-        accepted = (curvature > 0) & torch.isfinite(new) & (new != 0) & ((new - best).abs() < (old - best).abs())
-        new = torch.where(accepted, new, old)
-        error[member, columns] += mine * (old - new).unsqueeze(1)
-        scales[:, g] = new.half()
-    return scales
-
-
-def _members(stack: torch.Tensor) -> torch.Tensor:
-    """[members, 1]: the index of each, to be paired with rows of its own."""
-    return torch.arange(len(stack), device=stack.device).unsqueeze(1)
-
-
-def _columns(stack: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """[members, rows, k]: from each member, columns of its own; index [members, k]."""
-    return stack.gather(2, index.unsqueeze(1).expand(-1, stack.shape[1], -1))
-
-
-def _add_products(total: torch.Tensor, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """total += left @ right for every member; returns `total`.
-
-    One by one where the native core serves: on a CPU a batch gains nothing, and its sums may be rounded otherwise.
-    """
-    if native.serves(*total):
-        for mine, a, b in zip(total, left, right):
-            mine.addmm_(a, b)
-        return total
-    return total.baddbmm_(left, right)
+    rows = min(outputs, max(LEAST_ROWS, ROW_ELEMENTS // (inputs * members)))
+    panel, tile = min(Settings.panel, inputs), min(TILE, inputs)
+    factoring = tile * max(4 * tile, 2 * inputs)  # a tile turned over, or what is above it, solved
+    rounding = 4 * rows * inputs + panel * (3 * rows + inputs)  # weights, steps, errors, and one that is on its way
+    return members * (4 * (inputs * inputs + max(factoring, rounding)) + outputs * inputs)
 
 
 def _group_index(importance: torch.Tensor, scheme: Scheme) -> torch.Tensor:

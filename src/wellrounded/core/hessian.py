@@ -1,10 +1,9 @@
-"""The second moment of a layer's inputs, and its upper factor: what the solver knows about the data."""
+"""The second moment of a layer's inputs: what the solver knows about the data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
@@ -12,38 +11,12 @@ from .. import native
 from ..errors import NumericsError
 
 TILE = 768  # columns per tile of the upper triangle: wide enough for a matmul to run at full speed
+MIRROR = 256  # the side of a square that is turned over in cache
 
 
-class FactorError(NumericsError):
-    """No damping up to 1.0 makes the matrix positive definite."""
-
-
-@dataclass(frozen=True)
-class Factor:
-    """`damped = upper @ upper.T` in the order it was asked for.
-
-    upper    float32 [n, n], upper triangular
-    damped   float32 [n, n], the damped Hessian itself
-    damping  the relative damping that succeeded; larger than what was asked means that it had to be raised
-    """
-
-    upper: torch.Tensor
-    damped: torch.Tensor
-    damping: float
-
-
-@dataclass(frozen=True)
-class Factors:
-    """A stack of factors, [members, n, n]. Where there is none, the damping is the reason, and the matrices are I."""
-
-    upper: torch.Tensor
-    damped: torch.Tensor
-    damping: list[float | FactorError]
-
-    def members(self) -> list[Factor | FactorError]:
-        """One by one, without a copy."""
-        each = zip(self.upper, self.damped, self.damping)
-        return [d if isinstance(d, FactorError) else Factor(upper, damped, d) for upper, damped, d in each]
+def in_memory(size: int, device: torch.device) -> torch.Tensor:
+    """float32 zeros [size, size]."""
+    return torch.zeros(size, size, device=device)
 
 
 class Hessian:
@@ -51,12 +24,22 @@ class Hessian:
 
     Only tiles on and above the diagonal are accumulated, in float32. Rows of bfloat16 are multiplied exactly and
     summed in float32; rounding the products to bfloat16 would make the matrix indefinite.
+
+    There is one matrix, float32 zeros [size, size] from `new`, which is asked for the matrix of the factor too: a layer
+    too large for the memory can have both in files.
     """
 
-    def __init__(self, size: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        size: int,
+        device: torch.device | str = "cpu",
+        new: Callable[[int, torch.device], torch.Tensor] = in_memory,
+    ) -> None:
         self.size = size
         self.tokens = 0
-        self._upper = torch.zeros(size, size, device=device)
+        self.new = new
+        self._upper = new(size, torch.device(device))
+        self._symmetric = False  # whether the lower half has been filled in since the last update
 
     @property
     def device(self) -> torch.device:
@@ -69,11 +52,13 @@ class Hessian:
         if mask is not None:
             rows = rows[mask.reshape(-1).to(rows.device)]
         self.tokens += rows.shape[0]
+        self._symmetric = False
         if not native.add_gram(rows, self._upper):
             self.add_rows(rows)
 
     def add_rows(self, rows: torch.Tensor) -> None:
         """The definition of `update`, for every device and dtype: rows [tokens, size], tile by tile."""
+        self._symmetric = False
         exact_in_bf16 = rows.dtype == torch.bfloat16
         rows = rows.float()
         with _bf16_products(exact_in_bf16 and rows.device.type == "cpu"):
@@ -84,7 +69,9 @@ class Hessian:
 
     def merge(self, other: Hessian) -> None:
         """Add what another Hessian of the same size has seen (another device, another rank)."""
-        self._upper += other._upper.to(self._upper.device)
+        for mine, theirs in zip(_upper_rows(self._upper), _upper_rows(other._upper)):
+            mine += theirs.to(mine.device)
+        self._symmetric = False
         self.tokens += other.tokens
 
     def blended(self, other: Hessian, floor: int) -> Hessian:
@@ -95,75 +82,46 @@ class Hessian:
         """
         if self.tokens >= floor or not other.tokens:
             return self
-        blend, missing = Hessian(self.size, self._upper.device), floor - self.tokens
-        theirs = other._upper.to(self._upper.device)
-        torch.add(self._upper, theirs, alpha=missing / other.tokens, out=blend._upper)
+        blend, missing = Hessian(self.size, self.device, self.new), floor - self.tokens
+        for out, mine, theirs in zip(*(_upper_rows(each._upper) for each in (blend, self, other))):
+            torch.add(mine, theirs.to(mine.device), alpha=missing / other.tokens, out=out)
         blend.tokens = floor
         return blend
 
+    def mirrored(self) -> torch.Tensor:
+        """[size, size] float32: the *sum* of x x^T, both halves: the matrix itself, until the next update."""
+        if not self._symmetric:
+            for start in range(0, self.size, MIRROR):
+                stop = start + MIRROR
+                corner = self._upper[start:stop, start:stop]
+                corner.copy_(corner.triu() + corner.triu(1).T)
+                for after in range(stop, self.size, MIRROR):
+                    above = self._upper[start:stop, after : after + MIRROR]
+                    self._upper[after : after + MIRROR, start:stop].copy_(above.T)
+            self._symmetric = True
+        return self._upper
+
+    def rows(self, columns: torch.Tensor) -> torch.Tensor:
+        """[k, size] float32: the mean of x_j x^T for the columns j, int64 [k]."""
+        return self.mirrored().index_select(0, columns).div_(max(self.tokens, 1))
+
     def matrix(self) -> torch.Tensor:
-        """[size, size] float32: the mean of x x^T. Raises NumericsError if the inputs held NaN or Inf."""
-        upper = torch.triu(self._upper) / max(self.tokens, 1)
-        return _finite(upper + torch.triu(upper, 1).T)
+        """[size, size] float32: the mean of x x^T, a copy. Raises NumericsError if the inputs held NaN or Inf."""
+        return _finite(self.mirrored() / max(self.tokens, 1))
 
     def diagonal(self) -> torch.Tensor:
         """[size] float32: the mean of x_j^2. Zero marks a dead column, one that no input ever reached.
 
-        Raises NumericsError if the inputs held NaN or Inf.
+        Raises NumericsError if the inputs held NaN or Inf: |x_i x_j| is never above both squares, so that what is not
+        finite anywhere is not finite here.
         """
         return _finite(self._upper.diagonal() / max(self.tokens, 1))
 
 
-def factor(matrix: torch.Tensor, damping: float) -> Factor:
-    """Upper factor R of the damped matrix, `matrix + diag(lambda) = R R^T`: GPTQ without any inverse.
-
-    R is the Cholesky factor of the index-reversed matrix, reversed back. The damping is per column,
-    `lambda_j = damping * (H_jj / 2 + median(diag H))`: a few massive channels dominate the usual mean of the diagonal
-    and silently turn GPTQ into plain rounding. Dead columns are decoupled, so they are rounded plainly. When the
-    factorization fails it is tried in float64, then with ten times the damping (1e-4 at least), up to 1.0.
-
-    Raises FactorError when all of that fails.
-    """
-    if not (matrix.diagonal() > 0).any():
-        raise FactorError("every input column of this layer is dead: no calibration token reached it")
-    strength = damping
-    while True:
-        for dtype in (torch.float32, torch.float64):
-            upper, damped, good = _try_to_factor(matrix, strength, dtype)
-            if good:
-                return Factor(upper, damped, strength)
-        if strength >= 1.0:
-            raise FactorError(f"the Hessian is not positive definite even with damping {strength:g}")
-        strength = min(max(10 * strength, 1e-4), 1.0)
-
-
-def factor_stacked(matrices: torch.Tensor, damping: float) -> Factors:
-    """Each of [members, n, n] as `factor` does it; together, but for those that do not come out at the first try."""
-    upper, damped, good = _try_to_factor(matrices, damping, torch.float32)
-    dampings: list[float | FactorError] = [damping] * len(matrices)
-    for e in (~good).nonzero().flatten().tolist():
-        try:
-            alone = factor(matrices[e], damping)
-            upper[e], damped[e], dampings[e] = alone.upper, alone.damped, alone.damping
-        except FactorError as error:
-            upper[e] = damped[e] = torch.eye(matrices.shape[1], device=matrices.device)
-            dampings[e] = error.with_traceback(None)  # which would keep the matrices
-    return Factors(upper, damped, dampings)
-
-
-def _try_to_factor(
-    matrix: torch.Tensor, strength: float, dtype: torch.dtype
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """(upper, damped, good) for `matrix` [..., n, n], one or a stack; `good` is bool [...]."""
-    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
-    # Sorted, the dead columns come first: they move the middle by half of their number.
-    middle = (diagonal.shape[-1] - 1 + (diagonal <= 0).sum(-1, keepdim=True)) // 2
-    ridge = 0.5 * diagonal + diagonal.sort(-1).values.gather(-1, middle)
-    damped = matrix.clone()
-    damped.diagonal(dim1=-2, dim2=-1).add_(strength * ridge)
-    lower, failed = torch.linalg.cholesky_ex(damped.to(dtype).flip(-2, -1))
-    good = (failed == 0) & torch.isfinite(lower).all(dim=(-2, -1))
-    return lower.flip(-2, -1).float(), damped, good
+def _upper_rows(matrix: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Views that together hold the upper half, and what of the lower one is in a tile on the diagonal."""
+    for start in range(0, len(matrix), TILE):
+        yield matrix[start : start + TILE, start:]
 
 
 def _finite(moment: torch.Tensor) -> torch.Tensor:
