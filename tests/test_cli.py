@@ -406,7 +406,7 @@ WRONG = {
     "nan, rounded": (not_a_number, quantize("nan", "--calibration", "none"), 1, r"up_proj\.weight: .*NaN"),
     "twice": (nothing, quantize("quantized"), 2, r"quantized: already quantized \(gptq\); start from the original"),
     "unknown flag": (nothing, quantize("llama", "--bitz", 4), 2, "unrecognized arguments: --bitz"),
-    "no out": (nothing, ("quantize", "llama"), 2, "the following arguments are required: -o/--out"),
+    "no out": (nothing, ("quantize", "llama"), 2, "no directory for the result: -o OUT, or --dry-run"),
     "pattern": (nothing, quantize("llama", "--ignore", "dwn_proj"), 2, "ignore='dwn_proj' .* no layer's name holds it"),
     "broken pattern": (nothing, quantize("llama", "--ignore", "("), 2, "is not a regular expression"),
     "device": (nothing, quantize("llama", "--device", "cuda:9"), 2, "device 'cuda:9' was asked for: "),

@@ -362,8 +362,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
         tiny.quantize(llama, tmp_path / "out", progress=stop_after(blocks))
     assert not (tmp_path / "out").exists()
     solved = []
-    solve = pipeline.gptq.solve_stacked
-    monkeypatch.setattr(pipeline.gptq, "solve_stacked", lambda *args: solved.append(1) or solve(*args))
+    solve = pipeline.solve
+    monkeypatch.setattr(pipeline, "solve", lambda *args: solved.append(1) or solve(*args))
     report = tiny.quantize(llama, tmp_path / "out")
     assert len(solved) == (3 - blocks) * 4, "finished blocks are not solved again"
     assert weight_bytes(tmp_path / "out") == weight_bytes(quantized)

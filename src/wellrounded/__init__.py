@@ -17,6 +17,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "quantize": "api",
     "evaluate": "api",
+    "forecast": "api",
     "merge": "api",
     "load": "hf.load",
     "register": "hf.register",
@@ -30,20 +31,22 @@ _HOMES = {
     "UsageError": "errors",
     "CheckpointError": "errors",
     "NumericsError": "errors",
+    "OutOfMemory": "errors",
 }
 
 __all__ = [
-    "CheckpointError", "NumericsError", "Recipe", "Rule", "Scheme", "Settings", "UsageError", "WellRoundedError",
-    "__version__", "evaluate", "load", "merge", "parse", "quantize", "register", "unregister",
+    "CheckpointError", "NumericsError", "OutOfMemory", "Recipe", "Rule", "Scheme", "Settings", "UsageError",
+    "WellRoundedError", "__version__", "evaluate", "forecast", "load", "merge", "parse", "quantize", "register",
+    "unregister",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
-    from .api import evaluate, merge, quantize
+    from .api import evaluate, forecast, merge, quantize
     from .calibration import parse
     from .core.gptq import Settings
     from .core.recipe import Recipe, Rule
     from .core.scheme import Scheme
-    from .errors import CheckpointError, NumericsError, UsageError, WellRoundedError
+    from .errors import CheckpointError, NumericsError, OutOfMemory, UsageError, WellRoundedError
     from .hf.load import load
     from .hf.register import register, unregister
 

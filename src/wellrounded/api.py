@@ -14,6 +14,7 @@ from .core.gptq import Settings
 from .core.recipe import Recipe
 from .errors import UsageError
 from .pipeline import Progress
+from .prediction import Forecast
 from .report import Report
 from .request import Request, chosen_device, limit, refuse_longer
 from .runlog import RunLog, one_line
@@ -38,6 +39,7 @@ def quantize(
     settings: Settings | None = None,
     tokenizer: Any = None,
     device: str = "auto",
+    max_memory: int | str | None = None,
     force: bool = False,
     fresh: bool = False,
     trust_remote_code: bool = False,
@@ -55,6 +57,8 @@ def quantize(
     only         regular expressions; a weight in whose name none is found stays dense
     lm_head      quantize the output head too; if it is tied to the embeddings, these stay as they are
     recipe       schemes layer by layer, instead of bits, group_size, sym, act_order, ignore and only
+    max_memory   bytes, or text like "4GiB", that the run may use (of a GPU's memory, where one computes): it keeps less
+                 in memory then, or refuses to start; by default what is free
     force        replace `out` if it exists;  fresh: start over instead of going on with an unfinished run
 
     Raises UsageError for a request that cannot be carried out, NumericsError for NaN or Inf in weights or
@@ -69,7 +73,7 @@ def quantize(
     request = Request(
         bits=bits, group_size=group_size, sym=sym, act_order=act_order, calibration=calibration, samples=samples,
         length=length, seed=seed, ignore=ignore, only=only, lm_head=lm_head, recipe=recipe,
-        settings=settings or Settings(), device=chosen_device(device),
+        settings=settings or Settings(), device=chosen_device(device), max_memory=max_memory,
     )  # fmt: skip
     asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
     with RunLog(out, asked) as log:
@@ -89,6 +93,22 @@ def quantize(
             raise
         finally:
             log.keep = writer.worth_keeping
+
+
+def forecast(model: Any, *, trust_remote_code: bool = False, **options: Any) -> Forecast:
+    """What quantizing `model` would take: memory, disk, output, time, from its shapes alone, in seconds.
+
+    options  those of `quantize` that decide it: bits, group_size, ..., samples, length, device, max_memory
+
+    Of a model on the hub only the headers are downloaded, and no calibration data is gathered. Raises UsageError as
+    `quantize` does, also if `max_memory` does not suffice.
+    """
+    from .hf.headers import open_headers
+
+    unknown = options.keys() - {field.name for field in fields(Request)}
+    if unknown:
+        raise UsageError(f"{', '.join(sorted(unknown))}: asked of a forecast, which knows no such option")
+    return Request(**options).forecast(open_headers(model, trust_remote_code))
 
 
 def merge(

@@ -104,7 +104,7 @@ def _quantize(verbs: Any) -> None:
         "; finished blocks are kept, and the same command goes on where it stopped",
     )
     _model(verb)
-    verb.add_argument("-o", "--out", required=True, metavar="OUT", help="directory for the result")
+    verb.add_argument("-o", "--out", metavar="OUT", help="directory for the result")
     scheme = verb.add_argument_group("what is stored")
     scheme.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: 4)")
     scheme.add_argument(
@@ -136,6 +136,14 @@ def _quantize(verbs: Any) -> None:
     _calibration(verb)
     run = verb.add_argument_group("the run")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
+    run.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        help="use no more than this, such as 4GiB (of the GPU's memory, where one computes; default: what is free)",
+    )
+    run.add_argument(
+        "--dry-run", action="store_true", help="only say what it would take: memory, disk, size, time; -o is optional"
+    )
     run.add_argument("--force", action="store_true", help="replace OUT if it exists")
     again = run.add_mutually_exclusive_group()
     again.add_argument("--resume", action="store_true", help="go on with an unfinished run (what happens anyway)")

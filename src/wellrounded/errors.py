@@ -19,3 +19,7 @@ class CheckpointError(WellRoundedError):
 
 class NumericsError(WellRoundedError):
     """NaN or Inf in weights or activations, or a Hessian that no damping makes positive definite."""
+
+
+class OutOfMemory(WellRoundedError):  # noqa: N818  # what it is called everywhere
+    """Memory does not suffice, and there is nothing left to do without."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,51 +15,34 @@ from . import __version__, card
 from .calibration import Calibration
 from .checkpoint import Reader, Source, Writer
 from .core import gptq
-from .core.fidelity import Fidelity, Likeness, measure
 from .core.hessian import Hessian
 from .core.recipe import Recipe, role_of
+from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
+from .errors import OutOfMemory
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .ledger import OUTSIDE, Ledger
-from .memory import peak_rss_bytes
+from .memory import exhausted, peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
 from .model.siblings import Bank, Member, Siblings
-from .model.walk import BlockWalk, Stream
+from .model.stream import SpillFile, Stream
+from .model.walk import BlockWalk
 from .plan import UNUSED, make_plan
+from .prediction import Room
+from .progress import Clock, Progress
+from .proof import fidelity
 from .report import LayerResult, Report
 from .solving import Solved, same_scheme, solve
-
-BATCH_TOKENS = 4096  # enough for matmuls at full speed
-
-
-@dataclass(frozen=True)
-class Progress:
-    """Told to the caller after every block: how many are done, of how many, and seconds since the start.
-
-    layers     quantized so far
-    tokens_per_second  how fast the last block's calibration tokens went through it, solving included
-    left       seconds, None while nothing is known
-    error_db   mean over the layers so far, None without data
-    message    something to be said once, "" if there is nothing
-    """
-
-    done: int
-    total: int
-    seconds: float
-    what: str
-    layers: int = 0
-    tokens_per_second: float = 0.0
-    left: float | None = None
-    error_db: float | None = None
-    message: str = ""
+from .team import Team, shared
 
 
 class Store(Protocol):
     """Where the parts of a result go, and which of them are there already: a checkpoint.Writer, or memory."""
 
     finished: dict[str, Any]
+    scratch: Path | None  # a directory for what is needed during the run, if there is one
 
     def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None: ...
 
@@ -80,7 +62,9 @@ class Run:
         batch: int | None = None,
         lm_head: bool = False,
     ) -> None:
-        self.batch = batch
+        self.batch, self.room, self.caution = batch, Room(), ""  # the latter two: see Request.run
+        self.team, self.uneven = Team(), False  # whether in its processes different layers are reached
+        self.device = device
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)
         self.walk = BlockWalk(source.model, source.read, device, towers=pictures)
@@ -104,31 +88,44 @@ class Run:
 
     def quantize(self, writer: Store, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize block after block into `writer`; the report, without what only a finished checkpoint has."""
-        started = time.perf_counter()
-        calibrating, dense, quantized = self._streams()
-        self.plan.excuse(self.walk.idle)
+        clock = Clock(len(self.walk.names), tell)
+        if self.caution:
+            clock.say(self.caution)
         if OUTSIDE not in writer.finished:
             writer.add(OUTSIDE, dict(self.ledger.dense(OUTSIDE)))
-        for index, name, block in self.walk:
-            mine = self._mine(name, block)
-            known = None if name in writer.finished else self._known(index, mine, [*dense, *calibrating])
-            self.walk.advance(index, *dense)
-            if name in writer.finished:
-                self._replay(name, writer)
-                self.walk.advance(index, *calibrating)
-            else:
-                tensors, results = self._quantize_block(index, mine, known, calibrating)
-                writer.add(name, tensors, [asdict(result) for result in results])
-            self.walk.advance(index, *quantized)
-            done = time.perf_counter() - started
-            tell(Progress(index + 1, len(self.walk.names), done, name))
-        packed_head = self._quantize_head(writer, calibrating) if self.plan.head else None
-        self.report.fidelity = self._fidelity(dense, quantized, packed_head)
+        spill = SpillFile(writer.scratch) if self.room.spills and writer.scratch else None
+        try:
+            self._quantize(writer, clock, spill)
+        finally:
+            if spill is not None:
+                spill.close()
         self.report.calibration = self.calibration.to_dict() if self.calibration else None
         self.report.parameters = self.parameters
         self.report.source_bytes, self.report.peak_rss_bytes = self.source.bytes, peak_rss_bytes()
-        self.report.seconds = {"total": time.perf_counter() - started}
+        self.report.seconds = {"total": clock.seconds}
         return self.report
+
+    def _quantize(self, writer: Store, clock: Clock, spill: SpillFile | None) -> None:
+        calibrating, dense, quantized = self._streams(spill)
+        self.plan.excuse(self.walk.idle)
+        for index, name, block in self.walk:
+            mine, replayed = self._mine(name, block), name in writer.finished
+            known = None if replayed else self._known(index, mine, [*dense, *calibrating])
+            self.walk.advance(index, *dense)
+            if replayed:
+                self._replay(name, writer)
+                self.walk.advance(index, *calibrating)
+            else:
+                tensors, results = self._quantize_block(index, mine, known, calibrating, clock)
+                self.source.verify()
+                writer.add(name, tensors, [asdict(result) for result in results])
+                del tensors
+            self.walk.advance(index, *quantized)
+            tokens = self.calibration.windows.tokens if self.calibration else 0
+            clock.passed(name, tokens, replayed, self.report)
+        with self.walk.outside():
+            head = (self.plan.head, self._quantize_head(writer, calibrating)) if self.plan.head else None
+            self.report.fidelity = fidelity(self.walk, dense, quantized, self.report.generates, self.team, head)
 
     def _quantize_head(self, writer: Store, calibrating: list[Stream]) -> nn.Parameter:
         """Solve the output head on what reaches it; the weight that it then has. The model keeps its own."""
@@ -142,27 +139,30 @@ class Run:
             for stream in calibrating:
                 for batch, mask in enumerate(stream.masks):
                     hessian.update(self.walk.reaching(head, stream, batch), mask)
+            hessian = self.team.whole(hessian, layers_of.shape_of(head)[1], dense.device) if calibrating else None
             member = Member([name], hessian, hessian.tokens if hessian else 0)
-            for quantized, result in self._solve("", self.source.model, [member]):
+            for quantized, result in self._solve([member]):
                 writer.add(name, self.ledger.packed(name, quantized, self.version), [asdict(result)])
                 self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
                 self._place(head, quantized)
         packed, head.weight = head.weight, dense
         return packed
 
-    def _streams(self) -> tuple[list[Stream], list[Stream], list[Stream]]:
+    def _streams(self, spill: SpillFile | None) -> tuple[list[Stream], list[Stream], list[Stream]]:
         """Calibration windows, and the held-out ones twice: through the dense blocks and through the quantized."""
         if self.calibration is None:
             return [], [], []
-        windows, held = self.calibration.windows, self.calibration.held_out
-        batch = self.batch or max(1, BATCH_TOKENS // windows.length)
-        calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more)]
-        if not self.plan.head:
-            calibrating[0].more = [{} for _ in calibrating[0].ids]  # pictures have done their part
-        if not len(held):
-            return calibrating, [], []
-        # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
-        return calibrating, *([self.walk.stream(held.ids, held.mask, 1, held.more)] for _ in range(2))
+        windows, held = self.team.mine(self.calibration.windows), self.team.some(self.calibration.held_out)
+        batch = self.batch or max(1, self.room.batch_tokens // windows.length)
+        with self.walk.outside():
+            calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more, spill)]
+            if not self.plan.head:
+                calibrating[0].more = [{} for _ in calibrating[0].ids]  # pictures have done their part
+            if not len(held):
+                return calibrating, [], []
+            # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
+            both = (self.walk.stream(held.ids, held.mask, 1, held.more, spill) for _ in range(2))
+            return calibrating, *([stream] for stream in both)
 
     def _mine(self, name: str, block: nn.Module) -> list[str]:
         """The layers of a block that are to be solved; what it shares with earlier blocks gets their weights."""
@@ -176,45 +176,107 @@ class Run:
         return [inside for inside in mine if f"{name}.{inside}" not in self.owners]
 
     def _known(self, index: int, names: list[str], streams: list[Stream]) -> list[list[str]] | None:
-        """Sets of siblings, found on one window, None if they will be found while observing."""
-        return self.walk.siblings(index, streams[0], names) if streams and self.settings.true_sequential else None
+        """Sets of siblings, None if they will be found while observing.
+
+        Found on one window, unless that does not reach every layer and nobody waits until another one does; in a team
+        all must walk the same way.
+        """
+        if not streams or not self.settings.true_sequential:
+            return None
+        if self.team.size == 1:
+            find, stream = (
+                (self.walk.siblings, streams[0]) if self.room.waits else (self.walk.all_siblings, streams[-1])
+            )
+            return find(index, stream, names)
+        found = self.team.all(self.walk.all_siblings(index, streams[-1], names))
+        self.uneven = any(other != found[0] for other in found)
+        known, met = [], set[str]()
+        for siblings in (siblings for one in found for siblings in one):
+            known += [new] if (new := [name for name in siblings if name not in met]) else []
+            met.update(siblings)
+        return known
 
     def _quantize_block(
-        self, index: int, mine: list[str], known: list[list[str]] | None, calibrating: list[Stream]
+        self, index: int, mine: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock
     ) -> tuple[dict[str, torch.Tensor], list[LayerResult]]:
-        """Solve every layer of the block, put the result back into it, and return what belongs on disk."""
-        block_name, block = self.walk.names[index], self.walk.blocks[index]
+        """Solve every layer of the block, put the result back into it, and return what belongs on disk.
+
+        When memory does not suffice, what is solved stays solved, and the rest goes on in less.
+        """
+        block_name = self.walk.names[index]
         tensors: dict[str, torch.Tensor] = {}
-        results: list[LayerResult] = []
-        for members in self._observed(index, mine, known, calibrating):
-            for quantized, result in self._solve(block_name, block, members):
-                self._place(self.source.model.get_submodule(result.name), quantized)
-                self._share(result.name, quantized)
-                tensors |= self.ledger.packed(result.name, quantized, self.version)
-                results.append(result)
-                self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
-        return tensors | dict(self.ledger.dense(block_name)), results
+        results: dict[str, LayerResult] = {}
+        alike: dict[tuple[str, int], Hessian] = {}
+        while True:
+            left = [name for name in mine if f"{block_name}.{name}" not in {*results, *self.plan.kept}]
+            try:
+                for members in self._observed(index, left, known, calibrating, alike):
+                    for quantized, result in self._solve([member.within(block_name) for member in members]):
+                        self._place(self.source.model.get_submodule(result.name), quantized)
+                        self._share(result.name, quantized)
+                        tensors |= self.ledger.packed(result.name, quantized, self.version)
+                        results[result.name] = result
+                        self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
+                    del members  # and their Hessian, before the next one is counted
+                return tensors | dict(self.ledger.dense(block_name)), [*results.values()]
+            except (MemoryError, RuntimeError) as error:
+                if not exhausted(error):
+                    raise
+                lack = str(error).splitlines()[0]
+            known = self._economize(index, left, known, calibrating, clock, lack)  # here, where nothing holds the error
+
+    def _economize(
+        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock,
+        lack: str,
+    ) -> list[list[str]] | None:  # fmt: skip
+        """After a failed allocation: half the batch from here on, and no batch waits any more; the sets of siblings.
+
+        Raises OutOfMemory if every batch is a single window already.
+        """
+        if self.team.size > 1:  # the others do not know of it
+            raise OutOfMemory(
+                f"{self.walk.names[index]}: memory does not suffice ({lack}); finished blocks are kept: run the same "
+                "command again with --max-memory, or with fewer processes on each machine"
+            )
+        waited, self.room = self.room.waits, replace(self.room, waits=False)
+        try:
+            for number, stream in enumerate(calibrating):
+                calibrating[number] = self.walk.halved(stream)
+        except MemoryError:
+            if not waited or not calibrating:
+                raise OutOfMemory(
+                    f"{self.walk.names[index]}: memory does not suffice for a single window ({lack}); finished blocks "
+                    "are kept: free some memory or use shorter windows (--length), and run the same command again"
+                ) from None
+        except RuntimeError as error:
+            if not exhausted(error):
+                raise
+            raise OutOfMemory(f"{self.walk.names[index]}: not even half a batch fits ({lack})") from None
+        clock.say(f"out of memory at {self.walk.names[index]} ({lack}): going on with half the batch")
+        return known if known is None else self.walk.all_siblings(index, calibrating[0], names)
 
     def _observed(
-        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]
-    ) -> Iterator[list[Member]]:
+        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream],
+        alike: dict[tuple[str, int], Hessian],
+    ) -> Iterator[list[Member]]:  # fmt: skip
         """What is to be solved next: siblings, or experts side by side.
 
         They are to be rounded before the next are asked for. In the end the calibrating streams have left the block.
         Layers that no token reached come last, with the Hessian of those that differ from them in a number only (the
-        other experts, in models that have a list of them); where there are none, they stay dense.
+        other experts, in models that have a list of them), collected in `alike`; where there are none, they stay dense.
         """
         unseen = dict.fromkeys(names)
-        alike: dict[tuple[str, int], Hessian] = {}
         for stream in calibrating:
             for siblings in self._sets(index, names, known, stream):
                 yield from siblings.stacks()
                 for name in siblings.names:
-                    del unseen[name]
+                    unseen.pop(name, None)
                 if isinstance(siblings, Siblings) and siblings.hessian is not None:
                     mine = siblings.hessian
                     for role in {role_of(name) for name in siblings.names} - {*siblings.names}:
                         alike.setdefault((role, mine.size), Hessian(mine.size, mine.device)).merge(mine)
+                siblings.forget()
+            self.walk.advance(index, stream)  # whatever has not left
         for name in unseen:
             _, inputs = layers_of.shape_of(self.walk.blocks[index].get_submodule(name))
             like = alike.get((role_of(name), inputs))  # an expert of its own kind, that no token was routed to
@@ -230,29 +292,37 @@ class Run:
 
     def _sets(
         self, index: int, names: list[str], known: list[list[str]] | None, stream: Stream
-    ) -> Iterator[Siblings | Bank]:
-        if known is not None:
-            yield from self.walk.staged(index, stream, names, known)
-        else:
-            yield from self.walk.observe(index, stream, names)
-            self.walk.advance(index, stream)
+    ) -> Iterable[Siblings | Bank]:
+        if known is None:
+            return self.walk.observe(index, stream, names)
+        waits = self.room.waits and not self.uneven
+        return (self.walk.staged if waits else self.walk.anew)(index, stream, names, known)
 
-    def _solve(self, block_name: str, block: nn.Module, members: list[Member]) -> Iterator[Solved]:
-        """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together."""
-        for names, stack in same_scheme(members, lambda name: self.plan.schemes[f"{block_name}.{name}".lstrip(".")]):
-            full = [[f"{block_name}.{name}".lstrip(".") for name in one] for one in names]
-            weights = [
-                [self._dense_weight(block.get_submodule(n), f) for n, f in zip(*both)] for both in zip(names, full)
-            ]
-            scheme = self.plan.schemes[full[0][0]]
-            yield from solve(full, weights, stack, scheme, self.settings, self.calibration is not None)
+    def _solve(self, members: list[Member]) -> Iterator[Solved]:
+        """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together.
 
-    def _dense_weight(self, layer: nn.Module, name: str) -> torch.Tensor:
-        """The source's own values, float32 [out, in]: not those that the block computes with, which may be bfloat16."""
+        Each process of the team solves some of them, and has all in the end.
+        """
+        for names, stack in same_scheme(members, self.plan.schemes.__getitem__):
+            scheme = self.plan.schemes[names[0][0]]
+
+            def work(names: list[list[str]], stack: list[Member], scheme: Scheme = scheme) -> Iterator[Solved]:
+                weights = [[self._dense_weight(name) for name in one] for one in names]
+                return solve(names, weights, stack, scheme, self.settings, self.calibration is not None)
+
+            yield from shared(self.team, names, stack, scheme, self._weight_of, work)
+
+    def _weight_of(self, name: str) -> tuple[tuple[int, int], torch.device]:
+        layer = self.source.model.get_submodule(name)
+        return layers_of.shape_of(layer), layer.weight.device
+
+    def _dense_weight(self, name: str) -> torch.Tensor:
+        """The source's own values [out, in]: not those that the block computes with, which may be coarser."""
+        layer = self.source.model.get_submodule(name)
         weight = self.source.read(f"{name}.weight")
         if weight is None:
             weight = layer.weight
-        return layers_of.oriented(layer, weight.to(layer.weight.device).float())
+        return layers_of.oriented(layer, weight.to(layer.weight.device))
 
     def _place(self, layer: nn.Module, quantized: QuantizedWeight) -> None:
         """What follows sees the quantized weight, rounded to the dtype that the model computes in."""
@@ -281,35 +351,6 @@ class Run:
         solved |= self.owners.keys()
         for full in [full for full in self.plan.schemes if full.startswith(f"{name}.") and full not in solved]:
             self._leave(full)
-
-    def _fidelity(
-        self, dense: list[Stream], quantized: list[Stream], packed_head: nn.Parameter | None
-    ) -> dict[str, float | int] | None:
-        """How far the two streams of held-out windows are apart that went through the blocks, and then the head."""
-        if not dense:
-            return None
-        causal = self.report.generates
-        kept: Fidelity | Likeness | None = None
-        for before, after in zip(dense, quantized):
-            for batch, (ids, mask) in enumerate(zip(before.ids, before.masks)):
-                original, is_logits = self.walk.output(before, batch)
-                with self._head_with(packed_head):
-                    other, _ = self.walk.output(after, batch)
-                kept = kept or measure(original, is_logits, causal)
-                kept.update(original, other, ids, mask)
-        return kept.to_dict() if kept else None
-
-    @contextmanager
-    def _head_with(self, weight: nn.Parameter | None) -> Iterator[None]:
-        head = self.source.model.get_submodule(self.plan.head) if weight is not None else None
-        dense = head.weight if head is not None else None
-        try:
-            if head is not None:
-                head.weight = weight
-            yield
-        finally:
-            if head is not None:
-                head.weight = dense
 
     def _finish(self, writer: Writer, started: float) -> None:
         self.report.out = str(writer.out)

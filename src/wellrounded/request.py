@@ -11,15 +11,19 @@ from typing import Any
 import torch
 
 from . import calibration as data
+from . import rates
 from .checkpoint import Source
 from .core.gptq import Settings
 from .core.recipe import Recipe, Rule
 from .core.scheme import Scheme, default_group_size
 from .errors import UsageError
+from .memory import free_bytes, parse_size, rss_bytes, shown
 from .model import blocks as layers_of
 from .pipeline import Run
+from .prediction import BATCH_TOKENS, Forecast, Forecaster, Room, Workload, rooms
 
 NONE = "none"  # calibration="none": plain rounding, in seconds
+HELD_OUT = 16  # windows to prove the result on, at most
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Request:
     endings     of layers' names; every other linear layer stays dense
     batch       windows per forward pass; by default as many as keep the machine busy
     min_tokens  calibration data of fewer tokens is refused
+    max_memory  bytes, or text like "4GiB": what the run may use, of the GPU's memory where one computes
 
     A `length` of None is 512, or what the model can read if that is less.
     """
@@ -50,8 +55,11 @@ class Request:
     device: str = "auto"
     batch: int | None = None
     min_tokens: int = data.ENOUGH
+    max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
+        if self.max_memory is not None:
+            object.__setattr__(self, "max_memory", parse_size(self.max_memory))
         if self.recipe is None:  # a wrong value is said at once, before anything is read
             Scheme(self.bits, 128 if self.group_size is None else self.group_size, self.sym, self.act_order)
         for name in ("ignore", "only"):
@@ -62,24 +70,56 @@ class Request:
 
     def run(self, source: Source) -> Run:
         """The run that carries it out. Raises UsageError if `source` and the request do not fit together."""
+        calibration = None if self.calibration == NONE else self._calibration(source)
+        run = self._run(source, calibration)
+        windows, held = (calibration.windows, calibration.held_out) if calibration else ((), ())
+        padded = calibration is not None and calibration.windows.mask is not None
+        length = calibration.windows.length if calibration else 1
+        run.room, run.caution = self._room(run, Workload(len(windows), len(held), length, padded))
+        return run
+
+    def forecast(self, source: Source) -> Forecast:
+        """What the run would take; no data is gathered, and no tensor of the source read."""
+        run = self._run(source, None)
+        length = self.length or min(512, limit(source.model) or 512)
+        refuse_longer(length, source.model)
+        work = Workload(0, 0, 1) if self.calibration == NONE else Workload(self.samples, HELD_OUT, length)
+        room, _ = self._room(run, work)
+        return self._forecaster(run, work).predict(room, rates.measure(run.device, self.settings))
+
+    def _run(self, source: Source, calibration: data.Calibration | None) -> Run:
         recipe = self.recipe or self._recipe(source)
-        calibration = None
-        if not (isinstance(self.calibration, str) and self.calibration == NONE):
-            length = self.length or min(512, limit(source.model) or 512)
-            refuse_longer(length, source.model)
-            vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
-            calibration = data.gather(
-                self.calibration, source.tokenizer, self.samples, length, self.seed,
-                vocab_size=vocabulary, min_tokens=self.min_tokens, little=self.min_tokens < length,
-                inputs=inspect.signature(source.model.forward).parameters,
-            )  # fmt: skip
-            if (tokens := calibration.windows.tokens) < data.ENOUGH:
-                little = f"calibrated on {tokens:,} tokens, hardly better than plain rounding; give {data.ENOUGH:,}"
-                calibration = replace(
-                    calibration, note="\n".join(filter(None, [calibration.note, f"{little} or more"]))
-                )
-        device = chosen_device(self.device)
-        return Run(source, recipe, calibration, self.settings, device, self.batch, self.lm_head)
+        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch, self.lm_head)
+
+    def _forecaster(self, run: Run, work: Workload) -> Forecaster:
+        return Forecaster(run.source, run.plan, run.walk.names, work, run.device, rss_bytes())
+
+    def _room(self, run: Run, work: Workload) -> tuple[Room, str]:
+        """How much the run keeps in memory, and what to be afraid of: what was allowed binds, what is free warns."""
+        forecaster = self._forecaster(run, work)
+        if self.max_memory is not None:
+            return forecaster.room(int(self.max_memory), self.batch), ""
+        free = free_bytes(run.device)
+        try:
+            return forecaster.room(free, self.batch), ""
+        except UsageError:
+            room = list(rooms(self.batch * work.length if self.batch else BATCH_TOKENS, work.length))[-1]
+            needed = shown(forecaster.peak(room))
+            return room, f"only {shown(free or 0)} of memory are free, and this run is likely to need {needed}"
+
+    def _calibration(self, source: Source) -> data.Calibration:
+        length = self.length or min(512, limit(source.model) or 512)
+        refuse_longer(length, source.model)
+        vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
+        calibration = data.gather(
+            self.calibration, source.tokenizer, self.samples, length, self.seed, HELD_OUT,
+            vocab_size=vocabulary, min_tokens=self.min_tokens, little=self.min_tokens < length,
+            inputs=inspect.signature(source.model.forward).parameters,
+        )  # fmt: skip
+        if (tokens := calibration.windows.tokens) >= data.ENOUGH:
+            return calibration
+        little = f"calibrated on {tokens:,} tokens, hardly better than plain rounding; give {data.ENOUGH:,} or more"
+        return replace(calibration, note="\n".join(filter(None, [calibration.note, little])))
 
     def _recipe(self, source: Source) -> Recipe:
         names = [name for name, module in source.model.named_modules() if layers_of.is_linear(module)]

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from . import __version__
 from .errors import UsageError, WellRoundedError
+from .progress import Progress, lines
 
 if TYPE_CHECKING:
-    from .pipeline import Progress
     from .report import Report
 
 LOGGER = logging.getLogger("wellrounded")
@@ -120,36 +120,3 @@ def one_line(model: Any, out: Path, options: dict[str, Any]) -> str:
     name = str(model) if isinstance(model, (str, os.PathLike)) else type(model).__name__
     asked = "".join(f", {key}={shown.repr(value)}" for key, value in options.items())
     return f"quantize({name!r}, {str(out)!r}{asked}) in {Path.cwd()}".replace("\n", " ")
-
-
-def lines(progress: Progress) -> list[str]:
-    """What there is to be said: something that happened, or that a block is done."""
-    if progress.message:
-        return [progress.message]
-    said = [f"quantizing, block: {progress.done}/{progress.total}, {progress.what}", *figures(progress)]
-    said.insert(2, f"{duration(progress.seconds)} so far")
-    return [", ".join(said)]
-
-
-def figures(progress: Progress) -> list[str]:
-    """Layers, speed, time left and error, as far as they are known."""
-    said = [f"{progress.layers:,} layers"]
-    if progress.tokens_per_second > 0:
-        said.append(f"{progress.tokens_per_second:,.0f} tokens/s")
-    if progress.left is not None:
-        said.append(f"about {duration(progress.left)} left")
-    if progress.error_db is not None:
-        said.append(f"error {progress.error_db:.1f} dB")
-    return said
-
-
-def duration(seconds: float) -> str:
-    """Seconds up to two minutes, minutes up to two hours, then hours and minutes.
-
-    >>> duration(7.4), duration(340), duration(9000)
-    ('7 s', '6 min', '2 h 30 min')
-    """
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02d} min"

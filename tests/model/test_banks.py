@@ -12,7 +12,7 @@ from wellrounded.core.hessian import Hessian
 from wellrounded.model import siblings
 from wellrounded.model.blocks import linears
 from wellrounded.model.experts import Experts, fused_experts, take_apart
-from wellrounded.model.siblings import Bank, observe, staged
+from wellrounded.model.siblings import Bank, anew, observe, staged
 from wellrounded.model.walk import BlockWalk
 from wellrounded.model.weights import meta_copy
 
@@ -95,13 +95,17 @@ def members_of(sets):
 
 def seen_by(how, block, seen, masks=None):
     """Both banks' members, found either way; nothing is quantized."""
-    found = observe(block, NAMES, runs(block, seen, masks)) if how == "observe" else None
-    if found is not None:
-        return members_of(found)
-    return [members for s in staged(block, NAMES, KNOWN, runs(block, seen, masks)) for members in members_of([s])]
+    return [members for s in sets_of(how, block, seen, masks) for members in members_of([s])]
 
 
-HOW = pytest.mark.parametrize("how", ["observe", "staged"])
+def sets_of(how, block, seen, masks=None):
+    batches = runs(block, seen, masks)
+    if how == "observe":
+        return observe(block, NAMES, batches)
+    return (staged if how == "staged" else anew)(block, NAMES, KNOWN, batches)
+
+
+HOW = pytest.mark.parametrize("how", ["observe", "staged", "anew"])
 
 
 def assert_seen(member, rows):
@@ -212,7 +216,7 @@ def test_what_is_filled_in_is_blended_as_the_hessian_defines_it():
 
 def test_where_only_padding_came_nothing_is_known_of_any_expert():
     block, masks = Block(), [torch.zeros(2, 5, dtype=torch.bool)] * 3
-    for how in ("observe", "staged"):
+    for how in ("observe", "staged", "anew"):
         for members in seen_by(how, block, EVERYWHERE, masks):
             assert [(member.hessian, member.tokens, member.filled) for member in members] == [(None, 0, False)] * 4
 
@@ -271,10 +275,7 @@ def test_a_stack_holds_as_many_experts_as_there_is_room_for_and_all_see_the_same
 
     def found():
         block = Block()
-        batches = runs(block, seen, masks)
-        return all_solved(
-            block, observe(block, NAMES, batches) if how == "observe" else staged(block, NAMES, KNOWN, batches)
-        )
+        return all_solved(block, sets_of(how, block, seen, masks))
 
     whole = found()
     assert [[len(stack) for stack in one] for one in whole] == [[1], [4], [4], [1]]
@@ -293,20 +294,22 @@ def test_stages_of_a_model_see_what_observing_anew_before_every_set_sees(kind, p
     mask = torch.ones(4, tiny.LENGTH, dtype=torch.bool)
     mask[1, :7] = mask[3, :3] = False
     seen = []
-    for fast in (True, False):
+    for how in ("staged", "anew", "observe"):
         walk = BlockWalk(meta_copy(model, torch.bfloat16), model.state_dict().get)
         stream = walk.stream(tiny.ids(4), mask if padded else None, batch=2)
         moments = []
         for index, _, block in walk:
             names = list(linears(block))
             known = walk.siblings(index, stream, names)
-            if fast:
-                moments += flat(all_solved(block, walk.staged(index, stream, names, known)))
+            if how == "observe":
+                sets = (one for mine in known for one in walk.observe(index, stream, mine))
             else:
-                for mine in known:
-                    moments += flat(all_solved(block, walk.observe(index, stream, mine)))
-                walk.advance(index, stream)
-        seen.append((moments, torch.cat(stream.hidden)))
-    (fast, fast_out), (slow, slow_out) = seen
-    assert torch.equal(fast_out, slow_out) and any(isinstance(module, Experts) for module in model.modules())
-    assert_equal(fast, slow)
+                sets = getattr(walk, how)(index, stream, names, known)
+            moments += flat(all_solved(block, sets))
+            walk.advance(index, stream)  # whoever has not left
+        seen.append((moments, torch.cat([stream.hidden(batch) for batch in range(len(stream.ids))])))
+    *quicker, (slow, slow_out) = seen
+    assert any(isinstance(module, Experts) for module in model.modules())
+    for fast, fast_out in quicker:
+        assert torch.equal(fast_out, slow_out)
+        assert_equal(fast, slow)

@@ -161,12 +161,12 @@ def place(block, names):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", SIBLINGS)
 def test_stages_see_what_observing_anew_before_every_set_sees(kind, padded):
-    """The slow twin runs the block once for every set; both must agree in every bit, and in what leaves the block."""
+    """The slow twin runs the block once for every set; all must agree in every bit, and in what leaves the block."""
     model = tiny.build(kind)
     mask = torch.ones(5, tiny.LENGTH, dtype=torch.bool)
     mask[1, :7] = mask[4, :3] = False
     seen = []
-    for fast in (True, False):
+    for how in ("staged", "anew", "observe"):
         walk = BlockWalk(meta_copy(model, torch.bfloat16), model.state_dict().get)
         stream = walk.stream(tiny.ids(5), mask if padded else None, batch=2)
         moments = []
@@ -174,22 +174,21 @@ def test_stages_see_what_observing_anew_before_every_set_sees(kind, padded):
             names = list(linears(block))
             known = walk.siblings(index, stream, names)
             assert known == SIBLINGS[kind]
-            if fast:
-                for siblings in walk.staged(index, stream, names, known):
-                    moments.append((siblings.names, siblings.hessian.tokens, siblings.hessian.matrix()))
-                    place(block, siblings.names)
+            if how == "observe":
+                sets = (walk.observe(index, stream, mine)[0] for mine in known)
             else:
-                for mine in known:
-                    (siblings,) = walk.observe(index, stream, mine)
-                    moments.append((siblings.names, siblings.hessian.tokens, siblings.hessian.matrix()))
-                    place(block, mine)
-                walk.advance(index, stream)
-        seen.append((moments, torch.cat(stream.hidden)))
-    (fast, fast_out), (slow, slow_out) = seen
-    assert torch.equal(fast_out, slow_out) and not fast_out.requires_grad
-    assert len(fast) == len(slow) == len(walk.blocks) * len(SIBLINGS[kind])
-    for (names, tokens, moment), (slow_names, slow_tokens, slow_moment) in zip(fast, slow):
-        assert names == slow_names and tokens == slow_tokens and torch.equal(moment, slow_moment)
+                sets = getattr(walk, how)(index, stream, names, known)
+            for siblings in sets:
+                moments.append((siblings.names, siblings.hessian.tokens, siblings.hessian.matrix()))
+                place(block, siblings.names)
+            walk.advance(index, stream)  # whoever has not left
+        seen.append((moments, torch.cat([stream.hidden(batch) for batch in range(len(stream.ids))])))
+    *quicker, (slow, slow_out) = seen
+    for fast, fast_out in quicker:
+        assert torch.equal(fast_out, slow_out) and not fast_out.requires_grad
+        assert len(fast) == len(slow) == len(walk.blocks) * len(SIBLINGS[kind])
+        for (names, tokens, moment), (slow_names, slow_tokens, slow_moment) in zip(fast, slow):
+            assert names == slow_names and tokens == slow_tokens and torch.equal(moment, slow_moment)
 
 
 class Routed(nn.Module):

@@ -6,6 +6,7 @@ from torch import nn
 
 import tiny
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
+from wellrounded.model.stream import SpillFile
 from wellrounded.model.walk import BlockWalk
 from wellrounded.model.weights import materialize, meta_copy
 
@@ -102,6 +103,56 @@ def test_a_walk_can_be_taken_twice():
     assert torch.equal(walked(walk), walked(walk))
 
 
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_hidden_states_and_masks_can_lie_in_a_file(kind, tmp_path):
+    model = tiny.build(kind)
+    walk, spill = walk_of(model), SpillFile(tmp_path)
+    stream = walk.stream(TOKENS, PADDED, batch=2, spill=spill)
+    for index, _, _ in walk:
+        walk.advance(index, stream)
+    got = torch.cat([walk.logits(stream, batch) for batch in range(len(stream.ids))])
+    assert torch.equal(got[PADDED], expected(model, mask=PADDED)[PADDED])
+    held = [t for calls in stream.calls[1:] for t in tensors_in(calls)]
+    assert not held, "what the second batch alone is given lies in the file"
+    assert not list(tmp_path.iterdir()), "the file has no name"
+
+
+def tensors_in(value) -> list[torch.Tensor]:
+    if isinstance(value, (tuple, list, dict)):
+        return [t for one in (value.values() if isinstance(value, dict) else value) for t in tensors_in(one)]
+    return [value] if isinstance(value, torch.Tensor) else []
+
+
+def test_a_disk_that_is_full_is_said(tmp_path, monkeypatch):
+    spill = SpillFile(tmp_path)
+
+    class Full:
+        def seek(self, offset):
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(spill, "_file", Full())
+    with pytest.raises(CheckpointError, match=r"writing .*activations.*: No space left on device; finished blocks"):
+        spill.put(torch.ones(3))
+
+
+@pytest.mark.parametrize("spilled", [False, True])
+@pytest.mark.parametrize("after", [0, 1, 2])
+@pytest.mark.parametrize("kind", tiny.ARCHITECTURES)
+def test_halved_batches_go_on_where_they_were(kind, after, spilled, tmp_path):
+    model = tiny.build(kind)
+    walk = walk_of(model)
+    stream = walk.stream(TOKENS, PADDED, batch=4, spill=SpillFile(tmp_path) if spilled else None)
+    for index, _, _ in walk:
+        if index == after:
+            stream = walk.halved(stream)
+        walk.advance(index, stream)
+    assert [len(ids) for ids in stream.ids] == [2, 2]
+    got = torch.cat([walk.logits(stream, batch) for batch in range(2)])
+    assert torch.allclose(got[PADDED], expected(model, mask=PADDED)[PADDED], atol=1e-5)
+    with pytest.raises(MemoryError, match="single window"):
+        walk.halved(walk.halved(stream))
+
+
 # ---- the hollow walk ----
 
 
@@ -174,9 +225,14 @@ def test_tied_tensors_stay_tied_and_are_read_once():
         return tensors.get(name)
 
     walk = BlockWalk(meta_copy(model, torch.float32), reader)
-    assert walk.model.lm_head.weight is walk.model.model.embed_tokens.weight
+    for _ in range(2):
+        with walk.outside(), walk.outside():
+            assert walk.model.lm_head.weight is walk.model.model.embed_tokens.weight
+            assert walk.model.lm_head.weight.device.type == "cpu"
+        assert walk.model.lm_head.weight is walk.model.model.embed_tokens.weight
+        assert walk.model.lm_head.weight.device.type == "meta"
+    assert read.count("model.embed_tokens.weight") == 2
     assert torch.equal(walked(walk), expected(model))
-    assert read.count("model.embed_tokens.weight") == 1
 
 
 def test_a_tensor_the_source_lacks_is_named():
@@ -194,7 +250,7 @@ def test_a_tensor_of_another_shape_is_named():
     model = tiny.build("llama")
     tensors = model.state_dict() | {"model.norm.weight": torch.ones(65)}
     with pytest.raises(CheckpointError, match=r"model\.norm\.weight: the model needs shape \(64,\), .* has \(65,\)"):
-        BlockWalk(meta_copy(model, torch.float32), tensors.get)
+        BlockWalk(meta_copy(model, torch.float32), tensors.get).stream(TOKENS, None, batch=2)
 
 
 def test_a_stored_buffer_comes_from_the_source_and_a_computed_one_stays():

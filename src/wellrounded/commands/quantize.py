@@ -15,31 +15,43 @@ if TYPE_CHECKING:
 
 def run(args: argparse.Namespace) -> int:
     """Quantize, print the table (or the JSON), and say how to use the result; 3 if it failed its own check."""
-    from ..api import quantize
+    from ..api import forecast, quantize
     from ..hf.quiet import quiet
 
     quiet()
-
+    options = {
+        "bits": args.bits,
+        "group_size": args.group_size,
+        "sym": args.sym,
+        "act_order": args.act_order,
+        "calibration": calibration_of(args.calibration),
+        "samples": args.samples,
+        "length": args.length,
+        "seed": args.seed,
+        "ignore": args.ignore,
+        "only": args.only,
+        "lm_head": args.lm_head,
+        "device": args.device,
+        "max_memory": args.max_memory,
+    }
+    if args.dry_run:
+        found = forecast(args.model, trust_remote_code=args.trust_remote_code, **options)
+        if args.json:
+            print_json(found.to_dict())
+        else:
+            print_table(found.summary(), f"{args.model} would take, predicted:")
+        return 0
+    if args.out is None:
+        raise UsageError("no directory for the result: -o OUT, or --dry-run to see what it would take")
     with progress("quantizing, block") as bar:
         report = quantize(
             args.model,
             args.out,
-            bits=args.bits,
-            group_size=args.group_size,
-            sym=args.sym,
-            act_order=args.act_order,
-            calibration=calibration_of(args.calibration),
-            samples=args.samples,
-            length=args.length,
-            seed=args.seed,
-            ignore=args.ignore,
-            only=args.only,
-            lm_head=args.lm_head,
-            device=args.device,
             force=args.force,
             fresh=args.fresh,
             trust_remote_code=args.trust_remote_code,
             progress=bar.tell,
+            **options,
         )
     return show(report, args.json, args.model)
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 from rich.text import Text
 
 from ..card import to_json
-from ..runlog import duration, figures, lines
-
-if TYPE_CHECKING:
-    from ..pipeline import Progress
+from ..progress import Progress, duration, figures, lines
 
 # Names and patterns are printed as they are, brackets included, and lines as long as they are, into pipes too.
 PLAIN = {"highlight": False, "markup": False, "emoji": False, "soft_wrap": True}
@@ -54,7 +51,7 @@ class Bar:
         self.bar = Bars(
             TextColumn("{task.description}"),
             BarColumn(),
-            TextColumn("{task.completed:.0f}/{task.total:.0f}"),
+            MofNCompleteColumn(),
             TimeElapsedColumn(),
             TextColumn("{task.fields[said]}"),
             console=stderr,

@@ -28,6 +28,11 @@ class Perplexity:
             self.nll += F.cross_entropy(rows.float(), targets, reduction="sum").item()
             self.tokens += len(targets)
 
+    def merge(self, other: Perplexity) -> None:
+        """Add what another one has seen."""
+        self.nll += other.nll
+        self.tokens += other.tokens
+
     @property
     def value(self) -> float:
         """The perplexity; NaN before any token."""
@@ -65,6 +70,13 @@ class Fidelity:
             mass = p.exp()
             self.kl += (mass * (p - q)).masked_fill_(mass == 0, 0).sum(-1).tolist()  # -inf logits: 0 * log 0 is 0
 
+    def merge(self, other: Fidelity) -> None:
+        """Add what another one has seen."""
+        self.original.merge(other.original)
+        self.quantized.merge(other.quantized)
+        self.kl += other.kl
+        self.agreeing += other.agreeing
+
     def to_dict(self) -> dict[str, float | int]:
         """KL(original || quantized) in nats per token, agreement as a fraction, both perplexities, tokens compared."""
         kl = torch.tensor(self.kl or [math.nan], dtype=torch.float64)
@@ -97,6 +109,12 @@ class Likeness:
             self.each += F.cosine_similarity(before, after).sum().item()
             self.tokens += len(before)
             self.cosines.append(F.cosine_similarity(before.mean(0), after.mean(0), dim=0).item())
+
+    def merge(self, other: Likeness) -> None:
+        """Add what another one has seen."""
+        self.tokens += other.tokens
+        self.cosines += other.cosines
+        self.each += other.each
 
     def to_dict(self) -> dict[str, float | int]:
         """Cosine of window embeddings, mean and worst, and of single tokens, mean; tokens compared."""

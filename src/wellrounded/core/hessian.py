@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -73,6 +74,14 @@ class Hessian:
             mine += theirs.to(mine.device)
         self._symmetric = False
         self.tokens += other.tokens
+
+    def sum_over(self, all_reduce: Callable[[torch.Tensor], Any]) -> None:
+        """Make it the sum of those that several processes have; `all_reduce` does so in place, for one tensor."""
+        all_reduce(self._upper)  # as it is: where it is symmetric already, it is so everywhere
+        self._symmetric = False
+        tokens = torch.tensor([self.tokens], device=self.device)
+        all_reduce(tokens)
+        self.tokens = int(tokens)
 
     def blended(self, other: Hessian, floor: int) -> Hessian:
         """Itself from `floor` tokens on; else a new one, where what is missing comes from the mean of `other`.

@@ -36,6 +36,7 @@ class Memory:
 
     def __init__(self) -> None:
         self.finished: dict[str, Any] = {OUTSIDE: None}
+        self.scratch = None
         self.layers: dict[str, dict[str, torch.Tensor]] = {}  # by name in the model
 
     def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,15 +24,17 @@ def hidden_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
-def resolved(value: Any, carried: dict[Carried, Any]) -> Any:
-    """The same with everything carried put in its place."""
-    if isinstance(value, Carried):
-        return carried[value]
-    if isinstance(value, (tuple, list)) and any(carried_in(value)):
-        return type(value)(resolved(one, carried) for one in value)
-    if isinstance(value, dict) and any(carried_in(value)):
-        return {key: resolved(one, carried) for key, one in value.items()}
-    return value
+def replaced(value: Any, new: Callable[[Any], Any]) -> Any:
+    """The same with every leaf given to `new`; containers in which nothing changes are the same objects."""
+    if isinstance(value, (tuple, list)):
+        parts = [replaced(one, new) for one in value]
+        if all(a is b for a, b in zip(parts, value)):
+            return value
+        return type(value)(*parts) if hasattr(value, "_fields") else type(value)(parts)
+    if isinstance(value, dict):
+        found = {key: replaced(one, new) for key, one in value.items()}
+        return value if all(found[key] is value[key] for key in value) else found
+    return new(value)
 
 
 def carried_in(value: Any) -> Iterator[Carried]:

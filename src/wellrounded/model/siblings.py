@@ -3,15 +3,15 @@
 `observe` runs a block once on every batch and changes nothing. `staged` runs it once too, but every batch waits at each
 set of siblings until its layers have been solved, so that what follows them sees their error ("true sequential" in
 GPTQ's own code), and the block's outputs need no second run. Waiting batches keep what they have computed so far.
+`anew` sees the same, in the memory of a single batch: it runs every batch again for each set, as far as to it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
-from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -19,10 +19,31 @@ from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
 from ..core.hessian import Hessian
+from .blocks import shape_of
 from .experts import Experts, Routed
 
 STACK_BYTES = 2**28  # what Hessians of experts that are solved together may take, with what solving adds
 Batch = tuple[Callable[[], None], "torch.Tensor | None"]  # runs the block; padding mask bool [batch, length]
+Count = Callable[[Any, "torch.Tensor | None"], None]  # told of an input, and which of it is padding
+
+
+class Hessians:
+    """Where Hessians come from, and how they become whole: here at once; in a run of many processes, as their sum."""
+
+    def new(self, size: int, device: torch.device) -> Hessian:
+        """An empty one."""
+        return Hessian(size, device)
+
+    def whole(self, hessian: Hessian | None, size: int, device: torch.device) -> Hessian | None:
+        """What all have counted, given what this process has; None if that is nothing."""
+        return hessian
+
+
+HERE = Hessians()
+
+
+class _Reached(Exception):  # noqa: N818  # a signal, not an error
+    """Ends a run of a block where nothing beyond is wanted."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +54,10 @@ class Member:
     hessian: Hessian | None
     tokens: int = 0
 
+    def within(self, block: str) -> Member:
+        """The same, its layers called by their full names."""
+        return replace(self, names=[f"{block}.{name}" for name in self.names])
+
     @property
     def filled(self) -> bool:
         """Whether part of the Hessian is what other experts have read."""
@@ -41,9 +66,12 @@ class Member:
 
 @dataclass
 class Siblings:
-    """Layers of one block that read the same tensor, in call order, and the Hessian they share."""
+    """Layers of one block that read the same tensor, `size` wide, in call order, and the Hessian they share."""
 
     names: list[str]
+    size: int
+    device: torch.device
+    hessians: Hessians = HERE
     hessian: Hessian | None = None
     _input: torch.Tensor | None = field(default=None, repr=False)
 
@@ -56,14 +84,19 @@ class Siblings:
         """Let go of the tensor that `reads` compares with."""
         self._input = None
 
+    def forget(self) -> None:
+        """Let go of the Hessian: these layers are solved."""
+        self.hessian = None
+
     def stacks(self) -> Iterator[list[Member]]:
         """What is to be solved together: of layers that read one tensor, just these."""
+        self.hessian = self.hessians.whole(self.hessian, self.size, self.device)
         yield [Member(self.names, self.hessian, self.hessian.tokens if self.hessian else 0)]
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Count the inputs `x` [..., size] of these layers, but not where `mask` [...] says padding."""
         if self.hessian is None:
-            self.hessian = Hessian(x.shape[-1], x.device)
+            self.hessian = self.hessians.new(self.size, x.device)
         if x.numel():
             self.hessian.update(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
 
@@ -73,12 +106,17 @@ class Bank:
     """The same projections of all experts of a layer: each expert's read what was routed to it, and share that Hessian.
 
     An expert that fewer tokens reached than it has inputs has a singular Hessian: what is missing is filled in with
-    what all experts of the layer have read. `keep` holds on to the inputs until they are asked for, which costs nothing
-    where batches wait for each other anyway; otherwise they are counted at once, in as many Hessians as experts.
+    what all experts of the layer have read. `keep` holds on to the inputs until they are asked for, which costs
+    nothing where batches wait for each other anyway; `again` delivers them to whoever asks, as often as it takes;
+    otherwise they are counted at once, in as many Hessians as experts. They are `size` wide.
     """
 
     experts: list[list[str]]
+    size: int
+    device: torch.device
+    hessians: Hessians = HERE
     keep: bool = False
+    again: Callable[[Count], None] | None = None
     _inputs: list[tuple[Routed, torch.Tensor | None]] = field(default_factory=list, repr=False)
     _hessians: dict[int, Hessian] = field(default_factory=dict, repr=False)
 
@@ -99,27 +137,46 @@ class Bank:
         """Let go of the inputs that were kept."""
         self._inputs.clear()
 
+    def forget(self) -> None:
+        """Let go of the Hessians: these layers are solved."""
+        self._hessians.clear()
+        self.__dict__.pop("_together", None)
+
     def stacks(self) -> Iterator[list[Member]]:
         """As many experts at a time as their Hessians, and what solving them takes, have room for."""
-        at_once = len(self.experts)
-        counted = ((hessian.size, hessian.device) for hessian in self._hessians.values())
-        kept = ((rows.shape[-1], rows.device) for routed, _ in self._inputs for rows in [routed.rows(0)])
-        for size, device in islice(chain(counted, kept), 1):
-            room = STACK_BYTES * (16 if device.type == "cuda" else 1)  # large stacks keep a GPU busy
-            at_once = max(1, room // (6 * 4 * size**2))
-        if at_once >= len(self.experts):
-            for routed, mask in self._inputs:
-                for expert in range(len(self.experts)):
-                    self._count(self._hessians, expert, routed, mask)
+        room = STACK_BYTES * (16 if self.device.type == "cuda" else 1)  # large stacks keep a GPU busy
+        at_once = max(1, room // (6 * 4 * self.size**2))
+        if at_once >= len(self.experts) or self._hessians:
+            self._hessians = self._counted(range(len(self.experts)))
             self._inputs.clear()
+            self.again = None
         for start in range(0, len(self.experts), at_once):
-            yield [self._member(expert) for expert in range(start, min(start + at_once, len(self.experts)))]
+            some = range(start, min(start + at_once, len(self.experts)))
+            own = self._hessians or self._counted(some)
+            if stack := [self._member(expert, own.get(expert)) for expert in some if self.experts[expert]]:
+                yield stack
+            del stack, own  # before the next ones are counted
 
-    def _member(self, expert: int) -> Member:
-        own = dict(self._hessians)
+    def _visit(self, count: Count) -> None:
+        """Tell `count` of everything that is not in a Hessian yet."""
+        if self.again is not None:
+            self.again(count)
         for routed, mask in self._inputs:
-            self._count(own, expert, routed, mask)
-        names, mine = self.experts[expert], own.get(expert)
+            count(routed, mask)
+
+    def _counted(self, experts: range) -> dict[int, Hessian]:
+        own = dict(self._hessians)
+
+        def count(routed: Routed, mask: torch.Tensor | None) -> None:
+            for expert in experts:
+                self._count(own, expert, routed, mask)
+
+        self._visit(count)
+        whole = ((expert, self.hessians.whole(own.get(expert), self.size, self.device)) for expert in experts)
+        return {expert: hessian for expert, hessian in whole if hessian is not None}
+
+    def _member(self, expert: int, mine: Hessian | None) -> Member:
+        names = self.experts[expert]
         if mine is not None and mine.tokens >= mine.size:
             return Member(names, mine, mine.tokens)
         if mine is None or self._together is None:
@@ -130,12 +187,18 @@ class Bank:
     def _together(self) -> Hessian | None:
         """The Hessian of what all experts have read, None if that is nothing."""
         one: dict[int, Hessian] = {}
-        for routed, mask in self._inputs:
+
+        def count(routed: Routed, mask: torch.Tensor | None) -> None:
             for expert in range(len(self.experts)):
                 self._count(one, expert, routed, mask, into=0)
-        for hessian in self._hessians.values():
-            one.setdefault(0, Hessian(hessian.size, hessian.device)).merge(hessian)
-        return one[0] if one and one[0].tokens else None
+
+        if self._hessians:  # all experts' are here, and whole
+            for hessian in self._hessians.values():
+                one.setdefault(0, self.hessians.new(self.size, self.device)).merge(hessian)
+            return one[0] if one[0].tokens else None
+        self._visit(count)
+        together = self.hessians.whole(one.get(0), self.size, self.device)
+        return together if together is not None and together.tokens else None
 
     def _count(
         self, hessians: dict[int, Hessian], expert: int, routed: Routed, mask: torch.Tensor | None,
@@ -146,7 +209,7 @@ class Bank:
         rows = routed.rows(expert)
         into = expert if into is None else into
         if into not in hessians:
-            hessians[into] = Hessian(rows.shape[-1], rows.device)
+            hessians[into] = self.hessians.new(self.size, rows.device)
         known = mask is not None and routed.tokens is not None and mask.numel() == routed.total
         hessians[into].update(rows, mask.reshape(-1)[routed.tokens(expert)] if known else None)
 
@@ -168,7 +231,8 @@ def observe(
         if name not in found:
             match = None if place.experts else next((s for s in sets if isinstance(s, Siblings) and s.reads(x)), None)
             if match is None:
-                match = Bank(place.experts) if place.experts else Siblings([], _input=x)
+                about = _about(block, name)
+                match = Bank(place.experts, *about) if place.experts else Siblings([], *about, _input=x)
                 sets.append(match)
             if isinstance(match, Siblings):
                 match.names.append(name)
@@ -190,7 +254,7 @@ def observe(
 
 
 def staged(
-    block: nn.Module, names: list[str], known: list[list[str]], batches: list[Batch]
+    block: nn.Module, names: list[str], known: list[list[str]], batches: list[Batch], hessians: Hessians = HERE
 ) -> Iterator[Siblings | Bank]:
     """Run the block over all batches at once; yields the sets of siblings in call order, each before its layers run.
 
@@ -198,8 +262,16 @@ def staged(
     the sets as `observe` finds them; a layer outside them is a set of its own, and among such the order of `names`
     counts. Of a layer that is called more than once, the first input counts. In the end every batch has run to its end.
     """
-    banks = {place.name: Bank(place.experts, keep=True) for place in _places(block, names) if place.experts}
-    order: list[Siblings | Bank] = [banks.get(names[0]) or Siblings(list(names)) for names in known]
+
+    def new(name: str, names: list[str]) -> Siblings:
+        return Siblings(names, *_about(block, name), hessians)
+
+    banks = {
+        place.name: Bank(place.experts, *_about(block, place.name), hessians, keep=True)
+        for place in _places(block, names)
+        if place.experts
+    }
+    order: list[Siblings | Bank] = [banks.get(names[0]) or new(names[0], list(names)) for names in known]
     of = {name: siblings for siblings in order for name in siblings.names}
     rank = {name: number for number, name in enumerate(names)}
     solved: set[str] = set()
@@ -216,9 +288,9 @@ def staged(
             while at < len(order) and order[at].names[0] in stray and rank[order[at].names[0]] < rank[name]:
                 at += 1
             stray.add(name)
-            new = banks.get(name) or Siblings([name])
-            of.update(dict.fromkeys(new.names, new))
-            order.insert(at, new)
+            stranger = banks.get(name) or new(name, [name])
+            of.update(dict.fromkeys(stranger.names, stranger))
+            order.insert(at, stranger)
         of[name].add(x, masks[me])
         assert me.parent is not None
         me.parent.switch(of[name])
@@ -249,6 +321,47 @@ def staged(
         finally:
             for walker in list(waiting):
                 walker.throw(GreenletExit)
+
+
+def anew(
+    block: nn.Module, names: list[str], known: list[list[str]], batches: list[Batch], hessians: Hessians = HERE
+) -> Iterator[Siblings | Bank]:
+    """Run the block over all batches for each set of siblings that has layers in `names`, no further than to them.
+
+    Yields what `staged` yields, if all sets are `known`, and the batches end where they began: nothing waits. Experts
+    whose Hessians have no room side by side are counted in several runs.
+    """
+    wanted = set(names)
+    for mine in ([name for name in one if name in wanted] for one in known):
+        for place in [place for place in _places(block, mine) if place.name == mine[0]]:
+            about = _about(block, place.name)
+            if place.experts:
+                yield Bank(place.experts, *about, hessians, again=partial(_run_to, block, place, batches))
+            else:
+                siblings = Siblings(mine, *about, hessians)
+                _run_to(block, place, batches, siblings.add)
+                yield siblings
+
+
+def _about(block: nn.Module, name: str) -> tuple[int, torch.device]:
+    """The number of inputs of a layer, and where it is."""
+    layer = block.get_submodule(name)
+    return shape_of(layer)[1], layer.weight.device
+
+
+def _run_to(block: nn.Module, place: Place, batches: list[Batch], count: Count) -> None:
+    """Run the block over all batches as far as to `place`, and tell `count` what arrives there."""
+    mask: torch.Tensor | None = None
+
+    def reached(place: Place, x: Any) -> None:
+        count(x, mask)
+        raise _Reached
+
+    names = [name for one in place.experts for name in one] or [place.name]
+    with _told_of_calls(block, names, reached):
+        for run, mask in batches:  # noqa: B007  # `reached` reads it
+            with torch.no_grad(), suppress(_Reached):
+                run()
 
 
 @dataclass(frozen=True)

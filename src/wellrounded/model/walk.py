@@ -22,8 +22,9 @@ from torch import nn
 from ..errors import NumericsError, UsageError
 from .blocks import find_blocks, idle_parts
 from .blocks import towers as find_towers
-from .calls import Call, Carried, carried_in, hidden_of, resolved, same
-from .siblings import Bank, Batch, Siblings, observe, staged
+from .calls import Call, Carried, carried_in, hidden_of, same
+from .siblings import HERE, Bank, Batch, Siblings, anew, observe, staged
+from .stream import SpillFile, Stream
 from .weights import Read, materialize, release
 
 ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
@@ -33,35 +34,21 @@ class _Stop(Exception):  # noqa: N818  # a signal, not an error
     """Ends a hollow walk at the last block, so that the head never runs."""
 
 
-class Stream:
-    """Token windows on their way through the blocks: one hidden state per batch, overwritten in place.
-
-    `more` is what the model is given besides, batch by batch: pictures, say.
-    """
-
-    def __init__(
-        self, ids: list[torch.Tensor], masks: list[torch.Tensor | None], more: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        self.ids, self.masks, self.more = ids, masks, list(more) or [{} for _ in ids]
-        self.hidden: list[torch.Tensor] = []
-        self.calls: list[list[Call | None]] = []  # [batch][block], None where a block is passed by
-        self.carried: list[dict[Carried, Any]] = []  # [batch], what later blocks are still to be given
-
-
 class BlockWalk:
     """Visits a model's blocks in order; only the visited one holds its weights.
 
-    `model` has its blocks' parameters on the meta device (see weights.meta_copy), `read` delivers them by name. What
-    lies outside the blocks (embeddings, norms, head) is read at once and stays; what serves pictures or sound only if
-    `towers` says so.
+    `model` has its parameters on the meta device (see weights.meta_copy), `read` delivers them by name. What lies
+    outside the blocks (embeddings, norms, head) is in memory while it is needed (`outside`); what serves pictures or
+    sound only if `towers` says so.
     """
 
     def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu", towers: bool = True) -> None:
         self.model, self.read, self.device = model, read, torch.device(device)
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
-        leave = [*self.names, *(() if towers else find_towers(model))]
-        materialize(model, read, device=self.device, leave=tuple(f"{name}." for name in leave))
+        self._leave = tuple(f"{name}." for name in [*self.names, *(() if towers else find_towers(model))])
+        self._users = 0  # of what lies outside the blocks
+        self.hessians = HERE
         self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
         self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
         self.idle: set[str] = set()  # parts with blocks of their own that it does not call on text
@@ -75,26 +62,59 @@ class BlockWalk:
             finally:
                 release(block)
 
+    @contextmanager
+    def outside(self) -> Iterator[None]:
+        """While it lasts, what lies outside the blocks is in memory; whoever needs it more than once holds it open."""
+        if not self._users:
+            materialize(self.model, self.read, device=self.device, leave=self._leave)
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                release(self.model, leave=self._leave)
+
     def stream(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, batch: int, more: Sequence[dict[str, Any]] = ()
-    ) -> Stream:
+        self, ids: torch.Tensor, mask: torch.Tensor | None, batch: int, more: Sequence[dict[str, Any]] = (),
+        spill: SpillFile | None = None,
+    ) -> Stream:  # fmt: skip
         """A stream of windows `ids` int64 [n, length], `mask` bool [n, length] or None, at the first block's door.
 
-        `more` are each window's other inputs of the model, tensors by name; with them every window is a batch.
+        `more` are each window's other inputs of the model, tensors by name; with them every window is a batch. Hidden
+        states lie in `spill`, if there is one.
         """
         parts = list(ids.to(self.device).split(1 if more else batch))
         masks = [None] * len(parts) if mask is None else list(mask.to(self.device).split(1 if more else batch))
-        stream = Stream(parts, masks, [{name: self._input(value) for name, value in one.items()} for one in more])
-        if not self.called:
-            self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1], stream.more[0])
-        for part, part_mask, besides in zip(parts, masks, stream.more):
-            hidden, calls = self._hollow_walk(part, part_mask, besides)
-            stream.hidden.append(hidden)
+        inputs = [{name: self._input(value) for name, value in one.items()} for one in more]
+        with self.outside():
+            if not self.called:
+                self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1], inputs[0] if inputs else {})
+            return self._entered(Stream(parts, masks, inputs, spill))
+
+    def _entered(self, stream: Stream) -> Stream:
+        for ids, mask, more in zip(stream.ids, stream.masks, stream.more):
+            hidden, calls = self._hollow_walk(ids, mask, more)
             # Batches that give a block the same masks and rotary tables share them.
             twin = stream.calls[0] if stream.calls and same(stream.calls[0], calls) else calls
-            stream.calls.append(twin)
-            stream.carried.append({})
+            stream.enter(hidden, twin)
         return stream
+
+    def halved(self, stream: Stream) -> Stream:
+        """The same windows where they are now, in batches of half as many; MemoryError if each has one already."""
+        if all(len(ids) == 1 for ids in stream.ids):
+            raise MemoryError("every batch is a single window")
+        sizes = [[(len(ids) + 1) // 2, len(ids) // 2] if len(ids) > 1 else [1] for ids in stream.ids]
+        parts = [part for ids, size in zip(stream.ids, sizes) for part in ids.split(size)]
+        masks: list[torch.Tensor | None] = []
+        for mask, size in zip(stream.masks, sizes):
+            masks += [None] * len(size) if mask is None else mask.split(size)
+        pairs = zip(stream.more, sizes)
+        new = Stream(parts, masks, [more for more, size in pairs for _ in size], stream.spill)
+        with self.outside():
+            self._entered(new)
+        new.take_over(stream, sizes)
+        return new
 
     def _input(self, value: torch.Tensor) -> torch.Tensor:
         """On the walk's device, and in the model's dtype if it has one: pictures come as float32."""
@@ -107,9 +127,8 @@ class BlockWalk:
         Nothing happens at a block that the model does not call on a batch, nor does anything reach its layers.
         """
         for stream in streams:
-            for batch, calls in enumerate(stream.calls):
-                if calls[index] is not None:
-                    self._step(index, stream, batch)
+            for batch in stream.rest(index):
+                self._step(index, stream, batch)
 
     def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings | Bank]:
         """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
@@ -117,26 +136,41 @@ class BlockWalk:
 
     def siblings(self, index: int, stream: Stream, names: list[str]) -> list[list[str]]:
         """Which of the named layers read the same tensor, in call order; found on the stream's last batch alone."""
-        found = observe(self.blocks[index], names, self._batches(self._run, index, stream)[-1:], weigh=False)
-        return [siblings.names for siblings in found]
+        return self._siblings(index, names, self._batches(self._run, index, stream)[-1:])
+
+    def all_siblings(self, index: int, stream: Stream, names: list[str]) -> list[list[str]]:
+        """The same, found on every batch if the last one does not reach every layer."""
+        found = self.siblings(index, stream, names)
+        if sum(map(len, found)) < len(names):
+            found = self._siblings(index, names, self._batches(self._run, index, stream))
+        return found
+
+    def _siblings(self, index: int, names: list[str], batches: list[Batch]) -> list[list[str]]:
+        return [siblings.names for siblings in observe(self.blocks[index], names, batches, weigh=False)]
 
     def staged(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings | Bank]:
         """Advance the stream, stopping before each set of siblings with the Hessian of what arrives there.
 
         What the caller makes of a set's weights is what the rest of the block sees. See siblings.staged.
         """
-        return staged(self.blocks[index], names, known, self._batches(self._step, index, stream))
+        return staged(self.blocks[index], names, known, self._batches(self._step, index, stream), self.hessians)
+
+    def anew(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings | Bank]:
+        """The same in as little memory as a single batch takes: every batch runs again for each set. See siblings.anew.
+
+        The stream does not advance.
+        """
+        return anew(self.blocks[index], names, known, self._batches(self._run, index, stream), self.hessians)
 
     def _batches(self, run: Callable[[int, Stream, int], Any], index: int, stream: Stream) -> list[Batch]:
-        called = [batch for batch, calls in enumerate(stream.calls) if calls[index] is not None]
-        return [(partial(run, index, stream, batch), stream.masks[batch]) for batch in called]
+        return [(partial(run, index, stream, batch), stream.masks[batch]) for batch in stream.rest(index)]
 
     def _step(self, index: int, stream: Stream, batch: int) -> None:
         output = self._run(index, stream, batch)
         hidden = output[0] if isinstance(output, (tuple, list)) else output
         if not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
-        stream.hidden[batch] = hidden
+        stream.leave(batch, index, hidden)
         if not self._form or not any(self._form[1:]):
             return  # blocks hand nothing on
         wanted = {c for call in stream.calls[batch][index + 1 :] for c in carried_in(call)}
@@ -148,9 +182,9 @@ class BlockWalk:
         """What the model makes of what the last block returned, and whether it is logits, not hidden states."""
 
         def last(hidden: torch.Tensor) -> torch.Tensor:
-            return stream.hidden[batch]
+            return stream.hidden(batch)
 
-        with self._hollow(None, last), torch.no_grad():
+        with self.outside(), self._hollow(None, last), torch.no_grad():
             output = self._call_model(stream.ids[batch], stream.masks[batch], stream.more[batch])
         logits = getattr(output, "logits", None)
         return (output[0], False) if logits is None else (logits, True)
@@ -177,10 +211,8 @@ class BlockWalk:
 
     def _run(self, index: int, stream: Stream, batch: int) -> Any:
         """What the block returns."""
-        call = stream.calls[batch][index]
-        assert call is not None, "advance() and _batches() leave it out"
-        args, kwargs = resolved(call, stream.carried[batch])
-        hidden = stream.hidden[batch]
+        args, kwargs = stream.call(batch, index)
+        hidden = stream.hidden(batch)
         if "hidden_states" in kwargs:
             return self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
         return self.blocks[index](hidden, *args, **kwargs)

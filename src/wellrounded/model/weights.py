@@ -66,10 +66,17 @@ def meta_copy(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
-def release(block: nn.Module) -> None:
-    """Put the parameters of a block back on the meta device; its buffers are few and stay."""
-    for owner in block.modules():
+def release(module: nn.Module, prefix: str = "", leave: tuple[str, ...] = ()) -> None:
+    """Put the parameters of a module back on the meta device, tied ones still tied; its buffers are few and stay.
+
+    `prefix` and `leave` are those of `materialize`.
+    """
+    empty: dict[int, nn.Parameter] = {}
+    for path, owner in module.named_modules():
+        if leave and (f"{prefix}{path}." if path else prefix).startswith(leave):
+            continue
         for attr, parameter in owner._parameters.items():
             if parameter is not None:
-                empty = torch.empty_like(parameter, device="meta")
-                owner._parameters[attr] = nn.Parameter(empty, requires_grad=False)
+                if id(parameter) not in empty:
+                    empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
+                owner._parameters[attr] = empty[id(parameter)]

@@ -1,0 +1,346 @@
+"""What a run will take, before it begins: memory, disk and time, from the model's shapes alone; and how to take less.
+
+The model is on the meta device; nothing of it is read. What is alive when is counted for the phases of a run, whose
+largest is its peak. Every number here is checked against runs in dev/LOG.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from .checkpoint import Source
+from .core import gptq
+from .errors import UsageError
+from .formats.gptq import layout
+from .memory import shown
+from .model import blocks as layers_of
+from .model.experts import Experts
+from .model.siblings import STACK_BYTES
+from .plan import Plan
+from .progress import duration
+from .rates import Rates
+
+OVERHEAD = 250 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
+CONTEXT = 600 * 2**20  # what a GPU's driver takes for a process
+BATCH_TOKENS = 4096  # enough for matmuls at full speed
+
+
+@dataclass(frozen=True)
+class Room:
+    """How much a run keeps in memory, from fast to frugal.
+
+    batch_tokens  per forward pass, one window at least; only this changes the last bits of the result
+    waits         batches wait inside a block for its layers to be solved (siblings.staged), or run anew for each set
+    spills        hidden states, and what a batch alone is given, lie in a file
+    """
+
+    batch_tokens: int = BATCH_TOKENS
+    waits: bool = True
+    spills: bool = False
+
+    def __str__(self) -> str:
+        parts = [f"batches of {self.batch_tokens:,} tokens"]
+        parts += [] if self.waits else ["blocks run again for each set of layers"]
+        parts += ["activations on disk"] if self.spills else []
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The tokens of a run: windows to calibrate on, and held-out ones, of one length; none of both for no data."""
+
+    windows: int
+    held_out: int
+    length: int
+    padded: bool = False
+
+    @property
+    def tokens(self) -> int:
+        """Of the calibration windows, padding included."""
+        return self.windows * self.length
+
+
+@dataclass(frozen=True)
+class Siblings:
+    """Layers with the same inputs, as far as shapes tell; `share` of the tokens reach each of the `experts`."""
+
+    inputs: int
+    outputs: int
+    weights: tuple[int, ...]
+    experts: int = 1
+    share: float = 1.0
+
+    @property
+    def width(self) -> float:
+        """Elements per token that these layers read."""
+        return self.inputs * self.share * self.experts
+
+
+@dataclass(frozen=True)
+class Block:
+    """One block: bytes in memory, sets of siblings to be solved, and widths in elements per token.
+
+    working  alive while a batch runs through it, besides its hidden state;  waiting  while it waits in it
+    active   weights that one token meets
+    """
+
+    bytes: int
+    sets: tuple[Siblings, ...]
+    working: int
+    waiting: int
+    active: int
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a run will take, all in bytes and seconds. `phases` says what is in memory when; the largest is the peak.
+
+    disk counts the result and what is needed beside it while the run goes on.
+    """
+
+    room: Room
+    peak_memory_bytes: int
+    peak_vram_bytes: int
+    output_bytes: int
+    disk_bytes: int
+    seconds: float
+    phases: dict[str, int]
+    blocks: int
+    device: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain numbers, for JSON."""
+        return asdict(self)
+
+    def summary(self) -> list[tuple[str, str]]:
+        """As (label, value) rows."""
+        largest = max(self.phases, key=self.phases.__getitem__)
+        memory = f"{shown(self.peak_memory_bytes)}, most of it while {largest} ({self.room})"
+        rows = [("peak memory", memory)]
+        if self.peak_vram_bytes:
+            rows = [("peak GPU memory", f"{shown(self.peak_vram_bytes)}, most while {largest} ({self.room})")]
+            rows.append(("peak memory", shown(self.peak_memory_bytes)))
+        return [
+            *rows,
+            ("size", shown(self.output_bytes)),
+            ("disk", f"{shown(self.disk_bytes)} while it runs, the result included"),
+            ("time", f"about {duration(self.seconds)} on this {self.device}, for {self.blocks} blocks"),
+        ]
+
+
+class Forecaster:
+    """Knows a model's shapes and predicts runs of it in various rooms.
+
+    base  what the process holds already, in bytes
+    """
+
+    def __init__(
+        self, source: Source, plan: Plan, names: list[str], work: Workload, device: str = "cpu", base: int = 0
+    ) -> None:
+        self.source, self.plan, self.work, self.device, self.base = source, plan, work, device, base
+        model = source.model
+        self.hidden = model.get_input_embeddings().weight.shape[-1] if _has_embeddings(model) else 0
+        self.blocks = [_block(name, model.get_submodule(name), plan, self.hidden, model) for name in names]
+        inside = sum(block.bytes for block in self.blocks)
+        self.outside = max(0, _bytes(model) - inside)
+        config = getattr(model, "config", None)
+        text = config.get_text_config() if hasattr(config, "get_text_config") else config
+        self.vocabulary = getattr(text, "vocab_size", 0) or 0
+        self.single = max(source.sizes.values(), default=0)
+
+    def phases(self, room: Room) -> dict[str, int]:
+        """Bytes alive at the peak of each phase of a run, the process itself included."""
+        base = CONTEXT if self.device.startswith("cuda") else self.base + OVERHEAD
+        largest = max(block.bytes for block in self.blocks)
+        if not self.work.windows:
+            rows = max(self._solving(block, with_data=False) for block in self.blocks)
+            return {"reading": base + self.outside * 2, "solving": base + largest + self.single + rows}
+        kept = self._kept(room)
+        batch = max(self.work.length, room.batch_tokens // self.work.length * self.work.length)
+        found = {"reading": base + kept + self.outside + largest}
+        forward, solving = 0, 0
+        for block in self.blocks:
+            here = base + kept + block.bytes * (1 + self.plan_bits / 16)
+            if room.waits:
+                here += self.work.tokens * block.waiting * 2
+            hessians = max((4 * _at_once(s) * s.inputs**2 for s in block.sets), default=0)
+            forward = max(forward, here + hessians + batch * block.working * 2)
+            solving = max(solving, here + self._solving(block))
+        found |= {"running a block": int(forward), "solving": int(solving)}
+        # Two windows' logits, in bfloat16, and the rows of them that are compared in float32.
+        logits = self.work.length * self.vocabulary * 2 * 2 + 32 * self.vocabulary * 4 * 6
+        if self.work.held_out:
+            found["comparing"] = base + kept + self.outside + logits
+        return found
+
+    @property
+    def plan_bits(self) -> float:
+        """The mean bits of the planned layers."""
+        schemes = self.plan.schemes.values()
+        return sum(scheme.bits for scheme in schemes) / max(len(schemes), 1)
+
+    def _kept(self, room: Room) -> int:
+        """Hidden states of all windows, and masks where each batch has its own."""
+        if room.spills:
+            return 0
+        tokens = self.work.tokens + 2 * self.work.held_out * self.work.length
+        return tokens * self.hidden * 2 + (tokens * self.work.length if self.work.padded else 0)
+
+    def _solving(self, block: Block, with_data: bool = True) -> int:
+        """Hessians, and what solving takes, of the set of the block that takes most."""
+        most = 0
+        for one in block.sets:
+            members = _at_once(one) if with_data else 1
+            hessians = 4 * members * one.inputs**2 if with_data else 0
+            read = 2 * members * one.outputs * one.inputs
+            most = max(most, hessians + read + gptq.working_bytes(one.inputs, one.outputs, members))
+        return most
+
+    def output_bytes(self) -> int:
+        """The size of the result's tensors, to the byte but for headers."""
+        packed = {f"{name}.weight" for name in self.plan.schemes}
+        copied = sum(size for stored, size in self.source.sizes.items() if not {*self.source.made[stored]} & packed)
+        return copied + sum(self._packed(name) for name in self.plan.schemes)
+
+    def _packed(self, name: str) -> int:
+        outputs, inputs = layers_of.shape_of(self.source.model.get_submodule(name))
+        shapes = layout(self.plan.schemes[name], inputs, outputs).values()
+        return sum(_product(shape) * dtype.itemsize for shape, dtype in shapes)
+
+    def peak(self, room: Room) -> int:
+        """The most bytes at once, of the GPU's memory where one computes."""
+        return max(self.phases(room).values())
+
+    def room(self, limit: int | None, batch: int | None = None) -> Room:
+        """The fastest room that fits into `limit` bytes, with `batch` windows per pass if somebody said how many.
+
+        Raises UsageError naming the least that would do, if none does.
+        """
+        length = self.work.length
+        choices = list(rooms(batch * length if batch else BATCH_TOKENS, length))
+        for room in choices:
+            if limit is None or self.peak(room) <= limit:
+                return room
+        least = min(choices, key=self.peak)
+        phases = self.phases(least)
+        raise UsageError(
+            f"{shown(limit or 0)} of memory was allowed, but this run needs {shown(self.peak(least))} at least, while "
+            f"{max(phases, key=phases.__getitem__)}; allow that much, or use fewer or shorter windows"
+        )
+
+    def predict(self, room: Room, rates: Rates) -> Forecast:
+        """The forecast of a run in this room, on a machine of these rates."""
+        phases = self.phases(room)
+        peak = max(phases.values())
+        output = self.output_bytes()
+        spilled = self._kept(replace(room, spills=False)) if room.spills else 0
+        disk = output + min(output, 4 * 2**30) + spilled
+        cuda = self.device.startswith("cuda")
+        host = self.base + OVERHEAD + self.outside + max(block.bytes for block in self.blocks) if cuda else peak
+        seconds = self._seconds(room, rates)
+        vram = peak if cuda else 0
+        return Forecast(room, int(host), int(vram), output, int(disk), seconds, phases, len(self.blocks), self.device)
+
+    def _seconds(self, room: Room, rates: Rates) -> float:
+        work = self.work
+        total = rates.startup + 2 * self.source.bytes / rates.reading + self.output_bytes() / rates.writing
+        for block in self.blocks:
+            runs = 1.0 if room.waits else 1 + sum(range(len(block.sets))) / max(len(block.sets), 1)
+            tokens = work.tokens * runs + 2 * work.held_out * work.length + min(work.length, work.tokens)
+            attention = 2 * work.length * self.hidden
+            total += tokens * (2 * block.active + attention) / rates.products
+            for one in block.sets:
+                reached = work.tokens * one.share * one.experts
+                total += reached * one.inputs**2 / rates.gram
+                total += one.experts * rates.solving(one.inputs, one.outputs, bool(work.windows))
+        compared = work.held_out * work.length * self.vocabulary
+        return total + 2 * compared * (2 * self.hidden / rates.products + 1 / rates.comparing)
+
+
+def rooms(tokens: int, length: int) -> Iterator[Room]:
+    """From the fastest to the most frugal."""
+    yield Room(tokens)
+    yield Room(tokens, waits=False)
+    while True:
+        yield Room(tokens, waits=False, spills=True)
+        if tokens <= length:
+            return
+        tokens = max(length, tokens // 2)
+
+
+def _has_embeddings(model: nn.Module) -> bool:
+    return getattr(model, "get_input_embeddings", lambda: None)() is not None
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    total = 1
+    for size in shape:
+        total *= size
+    return total
+
+
+def _at_once(one: Siblings) -> int:
+    """How many experts are solved together, and one Hessian of all of them besides."""
+    if one.experts == 1:
+        return 1
+    return max(1, min(one.experts, STACK_BYTES // (6 * 4 * one.inputs**2))) + 1
+
+
+def _block(name: str, block: nn.Module, plan: Plan, hidden: int, model: nn.Module) -> Block:
+    """Its layers by the module they are in: what they read and write is alive together."""
+    banks = {path: module for path, module in block.named_modules() if isinstance(module, Experts)}
+    parents: dict[str, list[Siblings]] = {}
+    planned: list[Siblings] = []
+    for path, layer in layers_of.linears(block).items():
+        outputs, inputs = layers_of.shape_of(layer)
+        owner = next((bank for bank in banks if path.startswith(f"{bank}.")), None)
+        experts = banks[owner].count if owner else 1
+        if owner and not path.startswith(f"{owner}.0."):
+            continue  # the experts are alike
+        share = min(1.0, _chosen(model, experts) / experts)
+        parent = owner or path.rpartition(".")[0]
+        mine = parents.setdefault(parent, [])
+        # An attention's last layer is as wide as its first ones, but reads something else.
+        reads_another = "att" in parent.lower() and len(mine) == 1 and len(mine[0].weights) >= 3
+        like = [] if reads_another else [n for n, one in enumerate(mine) if one.inputs == inputs]
+        if like:
+            old = mine[like[0]]
+            mine[like[0]] = replace(old, outputs=old.outputs + outputs, weights=(*old.weights, outputs))
+        else:
+            mine.append(Siblings(inputs, outputs, (outputs,), experts, share))
+        if f"{name}.{path}" in plan.schemes:
+            planned.append(Siblings(inputs, 0, (), experts))
+    working = max((_alive(mine) + 2 * mine[-1].width for mine in parents.values()), default=0)
+    waiting = max((_waiting(parent, mine) for parent, mine in parents.items()), default=0)
+    active = sum(s.inputs * s.outputs * s.share * s.experts for mine in parents.values() for s in mine)
+    widths = {one.inputs for one in planned}
+    sets = tuple(one for mine in parents.values() for one in mine if one.inputs in widths)
+    return Block(_bytes(block), sets, int(working) + 3 * hidden, int(waiting) + 2 * hidden, int(active))
+
+
+def _alive(mine: list[Siblings]) -> float:
+    return sum(one.outputs * one.share * one.experts for one in mine)
+
+
+def _waiting(parent: str, mine: list[Siblings]) -> float:
+    """An attention keeps what its first layers wrote while the last one is solved, an MLP only the product."""
+    first = sum(one.outputs for one in mine[:1]) if "att" in parent.lower() else 0
+    return first + mine[-1].width
+
+
+def _chosen(model: nn.Module, experts: int) -> int:
+    """To how many of its experts a token goes."""
+    config = getattr(model, "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"):
+        if isinstance(value := getattr(text, name, None), int):
+            return min(value, experts)
+    return experts
