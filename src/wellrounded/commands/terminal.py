@@ -76,10 +76,10 @@ class Bar:
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Bar]:
-    """Show a bar while the block runs."""
+def progress(what: str, shown: bool = True) -> Iterator[Bar]:
+    """Show a bar while the block runs; one that is not `shown` is never told of anything."""
     bar = Bar(what)
-    if bar.lines:
+    if bar.lines or not shown:
         yield bar
         return
     with bar.bar:
