@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from .prediction import Forecast
 from .report import Report
 from .request import Request, chosen_device, limit, refuse_longer
 from .runlog import RunLog, one_line
+from .team import Follower, Team, joined
 
 
 def quantize(
@@ -65,34 +66,67 @@ def quantize(
     activations (naming the layer), CheckpointError for damaged files or a full disk. Finished blocks are kept, and
     `out`.log tells what happened.
     """
-    from .hf.source import open_source
-
     out = Path(out).expanduser()
-    Writer.check(out, force)
-    _refuse_overlap(model, out)
     request = Request(
         bits=bits, group_size=group_size, sym=sym, act_order=act_order, calibration=calibration, samples=samples,
         length=length, seed=seed, ignore=ignore, only=only, lm_head=lm_head, recipe=recipe,
         settings=settings or Settings(), device=chosen_device(device), max_memory=max_memory,
     )  # fmt: skip
-    asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
-    with RunLog(out, asked) as log:
-        source = model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
-        run = request.run(source)
-        writer = Writer(out, run.request() | {"version": __version__}, force, fresh)
-        log.keep = writer.worth_keeping
+    with joined(request.device) as (team, own_device):
+        team.first_does(lambda: _check(model, out, force))
+        request = replace(request, device=own_device)
+        if not team.first:
+            return _follow(request, _opened(model, tokenizer, trust_remote_code), out, team)
+        asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
+        with RunLog(out, asked) as log:
+            source = _opened(model, tokenizer, trust_remote_code)
+            return _lead(request, source, out, team, force, fresh, log, progress)
+
+
+def _lead(
+    request: Request, source: Source, out: Path, team: Team, force: bool, fresh: bool, log: RunLog,
+    progress: Callable[[Progress], None],
+) -> Report:  # fmt: skip
+    """The run, as the process that writes carries it out."""
+    run = request.run(source, team)
+    writer = team.first_does(lambda: Writer(out, run.request() | {"version": __version__}, force, fresh))
+    assert writer is not None
+    log.keep = writer.worth_keeping
+    try:
+        team.agree((writer.finished, writer.complete))
         if writer.complete:
             log.say("an earlier run had finished all but tidying up")
-            return log.done(Report.read(out))
+            return team.agree(log.done(Report.read(out)))
         if writer.finished:
             log.say(f"going on after {', '.join(writer.finished)}")
-        try:
-            return log.done(run.write(writer, log.telling(progress)))
-        except BaseException:
-            writer.abandon()
-            raise
-        finally:
-            log.keep = writer.worth_keeping
+        log.say(f"in memory: {run.room}")
+        return team.agree(log.done(run.write(writer, log.telling(progress))))
+    except BaseException:
+        writer.abandon()
+        raise
+    finally:
+        log.keep = writer.worth_keeping
+
+
+def _follow(request: Request, source: Source, out: Path, team: Team) -> Report:
+    """The run, as another process of the team carries it out: nothing is written, nothing said."""
+    run = request.run(source, team)
+    team.first_does(lambda: None)
+    finished, complete = team.agree(({}, False))
+    if not complete:
+        run.quantize(Follower(out, finished))
+    return team.agree(run.report)
+
+
+def _opened(model: Any, tokenizer: Any, trust_remote_code: bool) -> Source:
+    from .hf.source import open_source
+
+    return model if isinstance(model, Source) else open_source(model, tokenizer, trust_remote_code)
+
+
+def _check(model: Any, out: Path, force: bool) -> None:
+    Writer.check(out, force)
+    _refuse_overlap(model, out)
 
 
 def forecast(model: Any, *, trust_remote_code: bool = False, **options: Any) -> Forecast:

@@ -23,7 +23,8 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
         return code
     except WellRoundedError as error:
-        print(f"wellrounded {args.command}: {error}", file=sys.stderr)
+        if error.speaks:
+            print(f"wellrounded {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         print(f"\nwellrounded {args.command}: stopped{args.when_stopped}", file=sys.stderr)

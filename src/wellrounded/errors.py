@@ -5,6 +5,7 @@ class WellRoundedError(Exception):
     """Base of every error this package raises on purpose; `exit_code` is what the command line returns."""
 
     exit_code = 1
+    speaks = True  # False in a process whose run another one speaks for
 
 
 class UsageError(WellRoundedError):

@@ -19,7 +19,7 @@ from .core.hessian import Hessian
 from .core.recipe import Recipe, role_of
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import OutOfMemory
+from .errors import OutOfMemory, UsageError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .ledger import OUTSIDE, Ledger
@@ -78,6 +78,18 @@ class Run:
         self.report.expert_modules = [n for n, m in source.model.named_modules() if isinstance(m, Experts)]
         self.report.generates = getattr(source.model, "can_generate", lambda: True)()
         self.report.notes, self.report.overlooked_weights = self.plan.notes(), self.plan.overlooked
+
+    def join(self, team: Team) -> None:
+        """Carry this run out together with other processes, which have been asked for the same.
+
+        Raises UsageError if they have read other data, or if the layers of a block are to be found while observing.
+        """
+        if not self.settings.true_sequential:
+            raise UsageError("true_sequential=False was asked of several processes, which must agree on sets of layers")
+        if len({*team.all(self.calibration.digest if self.calibration else "")}) > 1:
+            raise UsageError("the processes of this run have read different calibration data; give them the same files")
+        self.team = self.walk.hessians = team
+        self.room = team.agree(self.room)
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize into `writer` and finish it; the report of the finished checkpoint."""
@@ -335,7 +347,7 @@ class Run:
 
     def _replay(self, name: str, writer: Store) -> None:
         """Take a block that an earlier run finished from its part."""
-        stored = writer.read_part(name)
+        stored = self.team.tensors(lambda: writer.read_part(name))
         for note in writer.finished[name]:
             result = LayerResult(**note)
             layer = self.source.model.get_submodule(result.name)

@@ -21,8 +21,10 @@ from .memory import free_bytes, parse_size, rss_bytes, shown
 from .model import blocks as layers_of
 from .pipeline import Run
 from .prediction import BATCH_TOKENS, Forecast, Forecaster, Room, Workload, rooms
+from .team import Team, neighbours
 
 NONE = "none"  # calibration="none": plain rounding, in seconds
+ALONE = Team()
 HELD_OUT = 16  # windows to prove the result on, at most
 
 
@@ -68,14 +70,17 @@ class Request:
             for pattern in getattr(self, name):
                 Rule(pattern, None)
 
-    def run(self, source: Source) -> Run:
+    def run(self, source: Source, team: Team = ALONE) -> Run:
         """The run that carries it out. Raises UsageError if `source` and the request do not fit together."""
         calibration = None if self.calibration == NONE else self._calibration(source)
         run = self._run(source, calibration)
         windows, held = (calibration.windows, calibration.held_out) if calibration else ((), ())
         padded = calibration is not None and calibration.windows.mask is not None
         length = calibration.windows.length if calibration else 1
-        run.room, run.caution = self._room(run, Workload(len(windows), len(held), length, padded))
+        share = Workload(-(-len(windows) // team.size), -(-len(held) // team.size), length, padded)
+        run.room, run.caution = self._room(run, share)
+        if team.size > 1:
+            run.join(team)
         return run
 
     def forecast(self, source: Source) -> Forecast:
@@ -100,6 +105,8 @@ class Request:
         if self.max_memory is not None:
             return forecaster.room(int(self.max_memory), self.batch), ""
         free = free_bytes(run.device)
+        if free is not None and run.device == "cpu":
+            free //= neighbours()
         try:
             return forecaster.room(free, self.batch), ""
         except UsageError:

@@ -11,6 +11,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -19,7 +20,8 @@ import torch.distributed as dist
 from .core.hessian import Hessian
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import OutOfMemory, UsageError, WellRoundedError
+from .errors import UsageError, WellRoundedError
+from .memory import exhausted
 from .model.siblings import Hessians, Member
 from .solving import Solved
 
@@ -47,7 +49,7 @@ class Team(Hessians):
         if self.size == 1:
             return value
         box = [value]
-        with _together():
+        with self._together():
             dist.broadcast_object_list(box, src=0)
         return box[0]
 
@@ -56,7 +58,7 @@ class Team(Hessians):
         if self.size == 1:
             return [value]
         said: list[Any] = [None] * self.size
-        with _together():
+        with self._together():
             dist.all_gather_object(said, value)
         return said
 
@@ -68,11 +70,11 @@ class Team(Hessians):
                 result = work()
             except WellRoundedError as failed:
                 error = failed
-        told = self.agree(None if error is None else (type(error), str(error)))
+        told = self.agree(None if error is None else str(error))
         if error is not None:
             raise error
         if told is not None:
-            raise Lost(told[1])
+            raise self._lost(told)
         return result
 
     def whole(self, hessian: Hessian | None, size: int, device: torch.device) -> Hessian | None:
@@ -80,15 +82,43 @@ class Team(Hessians):
         if self.size == 1:
             return hessian
         hessian = hessian or Hessian(size, device)
-        with _together():
+        with self._together():
             hessian.sum_over(dist.all_reduce)
         return hessian if hessian.tokens else None
 
     def share(self, tensors: Sequence[torch.Tensor], owner: int) -> None:
         """Fill the tensors, of equal shapes and dtypes everywhere, with what the owner has in them."""
-        with _together():
+        with self._together():
             for tensor in tensors:
                 dist.broadcast(tensor, src=owner)
+
+    def tensors(self, read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        """What the first process reads."""
+        if self.size == 1:
+            return read()
+        found = read() if self.first else {}
+        about = self.agree({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
+        found = found or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in about.items()}
+        self.share(list(found.values()), owner=0)
+        return found
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """A connection that breaks means that a process has ended."""
+        try:
+            yield
+        except RuntimeError as error:
+            if exhausted(error):
+                raise
+            raise self._lost(
+                "another process of this run has ended, and so does this one; finished blocks are kept, run the same "
+                f"command again, with as many processes as you like ({str(error).strip().splitlines()[0]})"
+            ) from None
+
+    def _lost(self, why: str) -> Lost:
+        lost = Lost(why)
+        lost.speaks = self.first
+        return lost
 
     def mine(self, windows: Any) -> Any:
         """This process's share of windows; UsageError if there are fewer of them than processes."""
@@ -149,12 +179,31 @@ def _blank(shape: tuple[int, int], device: torch.device, scheme: Scheme) -> Quan
     )
 
 
+class Follower:
+    """A pipeline.Store of a process that does not write: it knows what is finished, and where to spill."""
+
+    def __init__(self, out: Path, finished: dict[str, Any]) -> None:
+        self.finished = finished
+        self.scratch = out.with_name(f"{out.name}.partial") / "scratch"
+
+    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
+        """The first process writes it."""
+        self.finished[part] = notes
+
+    def read_part(self, part: str) -> dict[str, torch.Tensor]:
+        """Never called: what the first process reads comes from it."""
+        raise KeyError(part)
+
+
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[tuple[Team, str]]:
-    """The team that torchrun has started, for as long as the block lasts, and this process's device."""
+    """The team that torchrun has started, for as long as the block lasts, and this process's device.
+
+    A program that has connected its processes itself is left alone: each of its calls is a run of its own.
+    """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
-        yield (Team(dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else Team()), device
+        yield Team(), device
         return
     cuda = device.startswith("cuda")
     if cuda:
@@ -167,15 +216,11 @@ def joined(device: str = "cpu") -> Iterator[tuple[Team, str]]:
         dist.destroy_process_group()
 
 
-@contextmanager
-def _together() -> Iterator[None]:
-    """A connection that breaks means that a process has ended."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise OutOfMemory(str(error).splitlines()[0]) from None
-        raise Lost(
-            "another process of this run has ended, and so does this one; finished blocks are kept, run the same "
-            f"command again, with as many processes as you like ({str(error).strip().splitlines()[0]})"
-        ) from None
+def neighbours() -> int:
+    """How many processes of the run share this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def speaks() -> bool:
+    """Whether this process is the one of its run that a user hears."""
+    return os.environ.get("RANK", "0") == "0" or dist.is_initialized()

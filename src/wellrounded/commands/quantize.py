@@ -17,6 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Quantize, print the table (or the JSON), and say how to use the result; 3 if it failed its own check."""
     from ..api import forecast, quantize
     from ..hf.quiet import quiet
+    from ..team import speaks
 
     quiet()
     options = {
@@ -43,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if args.out is None:
         raise UsageError("no directory for the result: -o OUT, or --dry-run to see what it would take")
-    with progress("quantizing, block") as bar:
+    with progress("quantizing, block", shown=speaks()) as bar:
         report = quantize(
             args.model,
             args.out,
@@ -53,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
             progress=bar.tell,
             **options,
         )
+    if not speaks():
+        return 0
     return show(report, args.json, args.model)
 
 
