@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from wellrounded import tensorfile
+from wellrounded import journal, tensorfile
 from wellrounded import writer as writing
 from wellrounded.checkpoint import Reader, Writer
 from wellrounded.errors import CheckpointError, UsageError
@@ -282,3 +283,195 @@ def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
     assert list(following.finished) == ["outside", "layers.0"]
     following.add("layers.1", tensors(2, "layers.1."), [2])
     assert_equal(load_file(finish(following) / "model.safetensors"), all_tensors())
+
+
+# ---- one at a time ----
+
+
+def test_another_process_is_refused_until_the_first_has_ended_however(tmp_path):
+    context = multiprocessing.get_context("fork")
+    ready, end = context.Event(), context.Event()
+    first = context.Process(target=kept_open, args=(tmp_path / "out", ready, end))
+    first.start()
+    assert ready.wait(30)
+    with pytest.raises(UsageError) as caught:
+        Writer(tmp_path / "out", REQUEST)
+    assert str(caught.value) == (
+        f"{tmp_path / 'out.partial'}: another process ({first.pid}) is writing it; wait until it has ended, or name "
+        "another directory for the result"
+    )
+    with pytest.raises(UsageError, match="is writing it"):
+        Writer(tmp_path / "out", REQUEST, fresh=True, force=True)
+    first.kill()
+    first.join()
+    assert list(Writer(tmp_path / "out", REQUEST).finished) == ["layers.0"]
+
+
+def kept_open(out, ready, end) -> None:
+    writer = Writer(out, REQUEST)
+    writer.add("layers.0", tensors(), [0])
+    ready.set()
+    end.wait()
+
+
+def test_a_writer_lets_go_when_it_has_finished_or_given_up(tmp_path):
+    first = written(tmp_path)
+    finish(first)
+    second = Writer(tmp_path / "out", REQUEST, force=True)
+    second.abandon()
+    assert Writer(tmp_path / "out", REQUEST, force=True).finished == {}
+
+
+def test_a_refused_request_lets_go(tmp_path):
+    written(tmp_path).close()
+    with pytest.raises(UsageError, match="another request's"):
+        Writer(tmp_path / "out", {"bits": 2})
+    assert len(Writer(tmp_path / "out", REQUEST).finished) == 3
+
+
+def test_a_journal_that_is_removed_while_it_is_opened_is_made_again(tmp_path, monkeypatch):
+    """One run tidies up while the next one waits at its door."""
+    lock, path = journal._lock, tmp_path / "out.partial" / "journal.jsonl"
+    removed = []
+
+    def late(handle, at):
+        if not removed:
+            removed.append(path.unlink())
+            path.parent.rmdir()
+        lock(handle, at)
+
+    monkeypatch.setattr(journal, "_lock", late)
+    writer = Writer(tmp_path / "out", REQUEST)
+    writer.add("layers.0", tensors(), [0])
+    assert removed and list(again(writer).finished) == ["layers.0"]
+
+
+@pytest.mark.skipif(journal.fcntl is None, reason="Windows locks otherwise")
+def test_where_nothing_can_be_locked_the_run_goes_on_and_says_so(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(journal.fcntl, "flock", unknown)
+    with pytest.warns(UserWarning, match=r"out\.partial: files there cannot be locked \(.*\); see that no second run"):
+        writer = written(tmp_path)
+    assert finish(writer).exists()
+
+
+# ---- shards on the way ----
+
+
+def partial_files(writer: Writer) -> list[str]:
+    return sorted(path.name for path in writer.partial.iterdir())
+
+
+def test_parts_become_shards_as_soon_as_they_fill_one(tmp_path, monkeypatch):
+    size = written(tmp_path / "probe", ["a"]).path_of("a").stat().st_size
+    monkeypatch.setattr(writing, "SHARD_BYTES", 2.5 * size)
+    names = ["a", "b", "c", "d", "e"]
+    writer = written(tmp_path, names)
+    assert partial_files(writer) == ["e.part", "journal.jsonl", "shard-00001.safetensors", "shard-00002.safetensors"]
+    for i, name in enumerate(names):
+        assert_equal(writer.read_part(name), tensors(i, f"{name}."))
+    following = again(writer)
+    for i, name in enumerate(names):
+        assert_equal(following.read_part(name), tensors(i, f"{name}."))
+    assert following.finished == {name: [i] for i, name in enumerate(names)}
+    out = following.finish(names, lambda directory: None)
+    assert len(list(out.glob("*.safetensors"))) == 3
+    assert_equal({name: Reader(out).read(name) for name in Reader(out).places}, all_tensors(names))
+
+
+def test_saving_takes_no_room_a_second_time(tmp_path):
+    writer = written(tmp_path)
+    links = []
+    writer.finish([], lambda ready: links.append((ready / "model.safetensors").stat().st_nlink))
+    assert links == [2]
+
+
+def test_where_files_cannot_be_linked_they_are_copied(tmp_path, monkeypatch):
+    def unknown(*_):
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(os, "link", unknown)
+    assert_equal(load_file(finish(written(tmp_path)) / "model.safetensors"), all_tensors())
+
+
+@pytest.mark.parametrize("where", ["join", "sync_tree", "write"])
+def test_a_disk_that_is_full_keeps_what_is_finished(tmp_path, monkeypatch, where):
+    def disk_full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    writer = written(tmp_path, ("outside", "layers.0"))
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, where, disk_full)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*finished blocks are kept, make room"):
+            writer.add("layers.1", tensors(2, "layers.1."), [2])
+            finish(writer)
+    writer.abandon()
+    following = Writer(tmp_path / "out", REQUEST)
+    if "layers.1" not in following.finished:
+        following.add("layers.1", tensors(2, "layers.1."), [2])
+    assert_equal(load_file(finish(following) / "model.safetensors"), all_tensors())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_line_that_does_not_fit_on_the_disk_is_not_there_by_half(tmp_path, monkeypatch):
+    writer = written(tmp_path, ("outside", "layers.0"))
+    write = os.write
+
+    def half(handle, data):
+        if len(data) < 10:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(handle, data[: len(data) // 2])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "write", half)
+        with pytest.raises(CheckpointError, match="No space left"):
+            writer.add("layers.1", tensors(2, "layers.1."), [2])
+    writer.add("layers.1", tensors(2, "layers.1."), [2])
+    assert len(again(writer).finished) == 3
+
+
+def test_a_finished_part_that_is_gone_is_said(tmp_path):
+    writer = written(tmp_path)
+    writer.path_of("layers.0").unlink()
+    with pytest.raises(CheckpointError, match=r"layers\.0\.part: a finished part is missing or damaged; --fresh"):
+        again(writer)
+    assert Writer(tmp_path / "out", REQUEST, fresh=True).finished == {}
+
+
+def test_temporary_files_go_when_the_run_starts_and_when_it_ends(tmp_path):
+    writer = written(tmp_path)
+    for end in (lambda: again(writer), writer.abandon, lambda: finish(Writer(tmp_path / "out", REQUEST))):
+        writer.scratch.mkdir()
+        (writer.scratch / "activations").write_bytes(b"x")
+        following = end()
+        assert not writer.scratch.exists()
+        if isinstance(following, Writer):
+            following.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# ---- what the journal remembers ----
+
+
+def test_what_a_run_wants_to_be_told_is_told_and_is_no_difference(tmp_path):
+    writer = Writer(tmp_path / "out", REQUEST)
+    assert writer.run == {}
+    writer.note_run({"batch": 8, "spill": True})
+    assert writer.run == again(writer).run == {"batch": 8, "spill": True}
+
+
+def test_of_two_requests_only_what_differs_is_said():
+    files = {f"model-{i:05d}-of-00100.safetensors": f"{i} bytes" for i in range(100)}
+    touched = {**files, "model-00007-of-00100.safetensors": "8 bytes"}
+    before = {"tensors": files, "settings": {"damping": 0.01, "panel": 128}, "bits": 4}
+    assert writing.difference(before, {**before, "tensors": touched}) == (
+        "tensors: was {model-00007-of-00100.safetensors: '7 bytes'}, now {model-00007-of-00100.safetensors: '8 bytes'}"
+    )
+    assert writing.difference(before, {**before, "settings": {"damping": 0.1, "panel": 128}, "bits": 3}) == (
+        "settings: was {damping: 0.01}, now {damping: 0.1}; bits: was 4, now 3"
+    )
+    assert "and 97 more}" in writing.difference(before, {**before, "tensors": {}})
+    assert len(writing.difference({"text": "x" * 5000}, {"text": "y" * 5000})) < 300
+    assert writing.difference({"sizes": [1, 2]}, {"sizes": (1, 2)}) == ""
