@@ -99,6 +99,9 @@ def _lead(
             return team.agree(log.done(Report.read(out)))
         if writer.finished:
             log.say(f"going on after {', '.join(writer.finished)}")
+        if said := run.settle(writer.run):
+            log.say(said)
+        writer.note_run(run.noted())
         log.say(f"in memory: {run.room}")
         return team.agree(log.done(run.write(writer, log.telling(progress))))
     except BaseException:

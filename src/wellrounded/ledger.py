@@ -15,7 +15,8 @@ from .errors import CheckpointError
 from .formats import gptq as gptq_format
 from .plan import Plan
 
-OUTSIDE = "outside"  # the part of a result that holds everything outside the blocks
+OUTSIDE = "outside"  # the part of a result that holds everything outside the blocks; large models have several
+PART_BYTES = 2**30  # of what is outside, in one part
 
 
 class Ledger:
@@ -23,6 +24,7 @@ class Ledger:
 
     owners  planned layers that share their weight with one before them, and which: that one is solved, and stored
     parts   the stored tensors of every block, and of what is outside: each belongs to the first block that needs it
+    outside the names of the parts with what is outside
 
     Raises CheckpointError for a planned layer under whose name no packed tensor would be found again.
     """
@@ -34,8 +36,24 @@ class Ledger:
         for stored, made in source.made.items():
             owner = next((b for b in blocks if any(name.startswith(f"{b}.") for name in made)), OUTSIDE)
             self.parts[owner].append(stored)
+        self.outside = self._divided()
         for name in plan.schemes:
             source.packed_name(name)
+
+    def _divided(self) -> list[str]:
+        """Cut what is outside into parts that a small memory can hold."""
+        pieces: list[list[str]] = [[]]
+        size = 0
+        for stored in self.parts[OUTSIDE]:
+            mine = self.source.sizes.get(stored, 0)
+            if pieces[-1] and size + mine > PART_BYTES:
+                pieces.append([])
+                size = 0
+            pieces[-1].append(stored)
+            size += mine
+        names = [OUTSIDE, *(f"{OUTSIDE}-{number}" for number in range(2, len(pieces) + 1))]
+        self.parts |= dict(zip(names, pieces))
+        return names
 
     def _owners(self) -> dict[str, str]:
         first: dict[int, str] = {}

@@ -22,7 +22,7 @@ from .core.weight import QuantizedWeight
 from .errors import OutOfMemory, UsageError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
-from .ledger import OUTSIDE, Ledger
+from .ledger import Ledger
 from .memory import exhausted, peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
@@ -79,6 +79,21 @@ class Run:
         self.report.generates = getattr(source.model, "can_generate", lambda: True)()
         self.report.notes, self.report.overlooked_weights = self.plan.notes(), self.plan.overlooked
 
+    def settle(self, before: dict[str, Any]) -> str:
+        """Go on with the batches of the run that this one continues, if memory allows, for the same last bits.
+
+        `before` is what that run noted (`noted`), {} for a new one. Returns what there is to be said.
+        """
+        tokens, mine = before.get("batch_tokens", self.room.batch_tokens), self.room.batch_tokens
+        self.room = replace(self.room, batch_tokens=min(tokens, mine))
+        if tokens <= mine:
+            return ""
+        return f"going on in batches of {mine:,} tokens, not {tokens:,}: the last bits of a result depend on it"
+
+    def noted(self) -> dict[str, Any]:
+        """What a run that continues this one wants to know, besides the request."""
+        return {"batch_tokens": self.room.batch_tokens}
+
     def join(self, team: Team) -> None:
         """Carry this run out together with other processes, which have been asked for the same.
 
@@ -89,7 +104,6 @@ class Run:
         if len({*team.all(self.calibration.digest if self.calibration else "")}) > 1:
             raise UsageError("the processes of this run have read different calibration data; give them the same files")
         self.team = self.walk.hessians = team
-        self.room = team.agree(self.room)
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize into `writer` and finish it; the report of the finished checkpoint."""
@@ -100,11 +114,13 @@ class Run:
 
     def quantize(self, writer: Store, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
         """Quantize block after block into `writer`; the report, without what only a finished checkpoint has."""
+        self.room = self.team.agree(self.room)
         clock = Clock(len(self.walk.names), tell)
         if self.caution:
             clock.say(self.caution)
-        if OUTSIDE not in writer.finished:
-            writer.add(OUTSIDE, dict(self.ledger.dense(OUTSIDE)))
+        for part in self.ledger.outside:
+            if part not in writer.finished:
+                writer.add(part, dict(self.ledger.dense(part)))
         spill = SpillFile(writer.scratch) if self.room.spills and writer.scratch else None
         try:
             self._quantize(writer, clock, spill)
@@ -366,7 +382,7 @@ class Run:
 
     def _finish(self, writer: Writer, started: float) -> None:
         self.report.out = str(writer.out)
-        parts = [OUTSIDE, *self.walk.names, *([self.plan.head] if self.plan.head else [])]
+        parts = [*self.ledger.outside, *self.walk.names, *([self.plan.head] if self.plan.head else [])]
         writer.finish(parts, lambda directory: self._write_rest(directory, started))
 
     def _write_rest(self, directory: Path, started: float) -> None:

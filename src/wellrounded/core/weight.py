@@ -61,3 +61,8 @@ class QuantizedWeight:
         """Cut the outputs into consecutive pieces of the given sizes (siblings that were solved as one tall matrix)."""
         pieces = zip(self.codes.split(rows), self.scales.split(rows), self.zeros.split(rows))
         return [QuantizedWeight(c, s, z, self.group_index, self.scheme) for c, s, z in pieces]
+
+    def every(self, step: int) -> QuantizedWeight:
+        """Every `step`-th output, views."""
+        rows = slice(None, None, step)
+        return QuantizedWeight(self.codes[rows], self.scales[rows], self.zeros[rows], self.group_index, self.scheme)

@@ -47,7 +47,7 @@ def materialize(
             if value.shape != parameter.shape:
                 needs, has = tuple(parameter.shape), tuple(value.shape)
                 raise CheckpointError(f"{names[0]}: the model needs shape {needs}, the source has {has}")
-            if not torch.isfinite(value).all():
+            if not all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**24)):
                 raise NumericsError(f"{names[0]}: the source's tensor holds NaN or Inf; download the model again")
             made[id(parameter)] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=False)
         owner._parameters[attr] = made[id(parameter)]
