@@ -9,13 +9,14 @@ import json
 import os
 import random
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -47,14 +48,14 @@ def kill_at(step: int, below: Path) -> None:
         if event == "os.truncate" or (event in EVENTS and any(str(below) in str(arg) for arg in args[:2])):
             count()
 
-    def counted(call):
-        def wrapped(*args):
-            count()
-            return call(*args)
+    def half(handle: int, data: bytes, write=os.write) -> int:
+        """A write is cut off in the middle."""
+        if left[0] == 1:
+            write(handle, data[: len(data) // 2])
+        count()
+        return write(handle, data)
 
-        return wrapped
-
-    os.fsync, os.write = counted(os.fsync), counted(os.write)
+    os.fsync, os.write = lambda handle: count(), half
     sys.addaudithook(hook)
 
 
@@ -120,9 +121,9 @@ def tensors(part: str) -> dict[str, torch.Tensor]:
 
 
 @shards_of(3000)
-def write(out: Path, force: bool = False) -> None:
+def write(out: Path, force: bool = False, fresh: bool = False, request: Any = REQUEST) -> None:
     """A whole run: parts of about 1.4 kB in shards of 3 kB, a temporary file, and a few other files."""
-    writer = Writer(out, REQUEST, force=force)
+    writer = Writer(out, request, force, fresh)
     if writer.complete:
         return
     if not writer.run:
@@ -174,17 +175,76 @@ def test_the_writer_goes_on_after_a_kill_at_every_step(tmp_path, undisturbed, fo
         if force:
             old(out)
         ended = in_child(lambda out=out: write(out, force), step, tmp_path).how
-        if force and not (out.exists() and contents(out) == undisturbed):
-            places = [out / "old.txt", out.with_name("out.partial") / "replaced" / "old.txt"]
-            assert any(place.exists() for place in places), f"step {step}: the old result is lost"
-        elif out.exists():
-            assert contents(out) == undisturbed, f"step {step}: OUT is there and not complete"
+        new_old_or_both(out, undisturbed, force, step)
         go_on(out, force)
         assert contents(out) == undisturbed and not beside(out), f"killed at step {step}"
         if ended == DONE:
             break
         assert ended == KILLED
     assert step > 80, "the kills came too seldom to mean anything"
+
+
+def new_old_or_both(out: Path, undisturbed: dict[str, bytes], force: bool, step: int) -> None:
+    """What is at OUT is complete, and until the new result is there, the old one is somewhere."""
+    if out.exists() and contents(out) == undisturbed:
+        return
+    assert force or not out.exists(), f"step {step}: OUT is there and not complete"
+    places = [out / "old.txt", out.with_name("out.partial") / "replaced" / "old.txt"]
+    assert not force or any(place.exists() for place in places), f"step {step}: the old result is lost"
+
+
+@pytest.mark.parametrize("stopped", ["before the swap", "in the swap"])
+def test_a_run_killed_at_its_end_may_be_killed_again_at_every_step(tmp_path, undisturbed, stopped):
+    first = tmp_path / "first" / "out"
+    first.parent.mkdir()
+    old(first)
+
+    def work() -> None:
+        if stopped == "in the swap":
+            rename = Path.rename
+            Path.rename = lambda a, b: kill() if a.name == "ready" else rename(a, b)
+        else:
+            Writer._swap = lambda self: kill()
+        write(first, True)
+
+    assert in_child(work).how == KILLED and (first.with_name("out.partial") / "ready").exists()
+    ended, step = KILLED, 0
+    while ended == KILLED:
+        step += 1
+        out = shutil.copytree(first.parent, tmp_path / str(step)) / "out"
+        ended = in_child(lambda out=out: write(out, True), step, tmp_path).how
+        new_old_or_both(out, undisturbed, True, step)
+        go_on(out, True)
+        assert contents(out) == undisturbed and not beside(out), f"killed at step {step}"
+    assert ended == DONE and step > 15
+
+
+def kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_starting_over_may_be_killed_at_every_step(tmp_path, undisturbed):
+    """What was there is there, or nothing: never a journal of parts that are gone."""
+    ended, step = KILLED, 0
+    while ended == KILLED and step < 40:
+        step += 1
+        out = tmp_path / str(step) / "out"
+        out.parent.mkdir()
+        earlier = Writer(out, REQUEST)
+        for part in PARTS[:3]:
+            earlier.add(part, tensors(part), [part])
+        earlier.close()
+        ended = in_child(lambda out=out: Writer(out, {"bits": 3}, fresh=True), step, tmp_path).how
+        try:
+            following = Writer(out, REQUEST)
+        except UsageError as error:
+            assert "bits: was 3, now 4" in str(error)
+            continue
+        assert len(following.finished) in (0, 3)
+        following.close()
+        write(out)
+        assert contents(out) == undisturbed
+    assert ended == DONE and step > 8
 
 
 @pytest.mark.parametrize("seed", range(12))
