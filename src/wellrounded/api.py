@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from .prediction import Forecast
 from .report import Report
 from .request import Request, chosen_device, limit, refuse_longer
 from .runlog import RunLog, one_line
-from .team import Follower, Team, joined
+from .team import Follower, Lost, Team, joined
 
 
 def quantize(
@@ -103,7 +104,10 @@ def _lead(
             log.say(said)
         writer.note_run(run.noted())
         log.say(f"in memory: {run.room}")
-        return team.agree(log.done(run.write(writer, log.telling(progress))))
+        report = log.done(run.write(writer, log.telling(progress)))
+        with suppress(Lost):  # the result is there, whatever has become of the others
+            team.agree(report)
+        return report
     except BaseException:
         writer.abandon()
         raise
@@ -114,10 +118,14 @@ def _lead(
 def _follow(request: Request, source: Source, out: Path, team: Team) -> Report:
     """The run, as another process of the team carries it out: nothing is written, nothing said."""
     run = request.run(source, team)
-    team.first_does(lambda: None)
+    team.meet()
     finished, complete = team.agree(({}, False))
     if not complete:
-        run.quantize(Follower(out, finished))
+        store = Follower(out, finished)
+        try:
+            run.quantize(store)
+        finally:
+            store.leave()
     return team.agree(run.report)
 
 

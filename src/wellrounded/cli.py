@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
+from contextlib import nullcontext, redirect_stderr
 from importlib import import_module
 from typing import Any
 
 from . import __version__
-from .errors import WellRoundedError
+from .errors import UsageError, WellRoundedError
 
 EPILOG = """exit codes: 0 good, 1 failed, 2 wrong usage, 3 finished but the result failed its own check
 with --json, standard output holds one JSON object and nothing else; progress goes to standard error"""
@@ -17,17 +19,20 @@ with --json, standard output holds one JSON object and nothing else; progress go
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code; every error the package raises ends as one sentence."""
-    args = parser().parse_args(argv)
+    first = os.environ.get("RANK", "0") == "0" or os.environ.get("WORLD_SIZE", "1") == "1"
+    with nullcontext() if first else redirect_stderr(io.StringIO()):  # one of many that are all asked for the same
+        args = parser().parse_args(argv)
     try:
         code = import_module(f".commands.{args.command}", __package__).run(args)
         sys.stdout.flush()  # a reader that has gone shows here, not when Python ends
         return code
     except WellRoundedError as error:
-        if error.speaks:
+        if error.speaks and (first or not isinstance(error, UsageError)):
             print(f"wellrounded {args.command}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print(f"\nwellrounded {args.command}: stopped{args.when_stopped}", file=sys.stderr)
+        if first:
+            print(f"\nwellrounded {args.command}: stopped{args.when_stopped}", file=sys.stderr)
         return 1
     except BrokenPipeError:  # the reader of our output (head, less) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -26,7 +26,7 @@ from .ledger import Ledger
 from .memory import exhausted, peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
-from .model.siblings import Bank, Member, Siblings
+from .model.siblings import Bank, Member, Siblings, anew
 from .model.stream import SpillFile, Stream
 from .model.walk import BlockWalk
 from .plan import UNUSED, make_plan
@@ -35,7 +35,7 @@ from .progress import Clock, Progress
 from .proof import fidelity
 from .report import LayerResult, Report
 from .solving import Solved, same_scheme, solve
-from .team import Team, shared
+from .team import Team, merged, shared
 
 
 class Store(Protocol):
@@ -103,6 +103,8 @@ class Run:
             raise UsageError("true_sequential=False was asked of several processes, which must agree on sets of layers")
         if len({*team.all(self.calibration.digest if self.calibration else "")}) > 1:
             raise UsageError("the processes of this run have read different calibration data; give them the same files")
+        if any(other != [*self.plan.schemes] for other in team.all([*self.plan.schemes])):
+            raise UsageError("the processes of this run have opened different models; give them the same files")
         self.team = self.walk.hessians = team
 
     def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
@@ -218,11 +220,7 @@ class Run:
             return find(index, stream, names)
         found = self.team.all(self.walk.all_siblings(index, streams[-1], names))
         self.uneven = any(other != found[0] for other in found)
-        known, met = [], set[str]()
-        for siblings in (siblings for one in found for siblings in one):
-            known += [new] if (new := [name for name in siblings if name not in met]) else []
-            met.update(siblings)
-        return known
+        return merged(found)
 
     def _quantize_block(
         self, index: int, mine: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock
@@ -323,8 +321,13 @@ class Run:
     ) -> Iterable[Siblings | Bank]:
         if known is None:
             return self.walk.observe(index, stream, names)
-        waits = self.room.waits and not self.uneven
-        return (self.walk.staged if waits else self.walk.anew)(index, stream, names, known)
+        if self.uneven or not self.room.waits:
+            return self.walk.anew(index, stream, names, known)
+        sets = self.walk.staged(index, stream, names, known)
+        if self.team.size == 1:
+            return sets
+        block = self.walk.blocks[index]
+        return self.team.in_step(sets, known, lambda missing: next(anew(block, names, [missing], [], self.team)))
 
     def _solve(self, members: list[Member]) -> Iterator[Solved]:
         """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together.

@@ -8,8 +8,10 @@ nothing.
 from __future__ import annotations
 
 import os
+import signal
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,32 +24,47 @@ from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
 from .errors import UsageError, WellRoundedError
 from .memory import exhausted
-from .model.siblings import Hessians, Member
+from .model.siblings import Bank, Hessians, Member, Siblings
 from .solving import Solved
 
 T = TypeVar("T")
 PATIENCE = timedelta(hours=2)  # for a process that solves a large layer while the others wait for it
+AGAIN = "finished blocks are kept, run the same command again, with as many processes as you like"
 
 
 class Lost(WellRoundedError):  # noqa: N818  # a process, not an error
-    """Another process of the run has ended; it says itself why."""
+    """Another process of the run has failed or ended, and so does this one."""
 
 
 class Team(Hessians):
-    """A process among `size` that make one run; `rank` 0, the first, is the one that writes and speaks."""
+    """A process among `size` that make one run; `rank` 0, the first, is the one that writes and speaks.
+
+    All of them call the same methods in the same order. Before anything is exchanged they meet; one that has failed
+    comes to the next meeting too, and says so: nobody waits for it in vain, and why the run ends is said once.
+    """
 
     def __init__(self, rank: int = 0, size: int = 1) -> None:
         self.rank, self.size = rank, size
+        self._broken = False  # whether the others cannot be told anything any more
 
     @property
     def first(self) -> bool:
         """Whether this process writes and speaks."""
         return self.rank == 0
 
+    def meet(self) -> None:
+        """Wait until all are here. Raises Lost if one of them has failed."""
+        if self.size > 1 and (told := self._told(None)):
+            rank, (why, code) = next((rank, one) for rank, one in enumerate(told) if one is not None)
+            lost = Lost(why if rank == 0 else f"process {rank} of {self.size}: {why}")
+            lost.speaks, lost.exit_code = self.first, code
+            raise lost
+
     def agree(self, value: T) -> T:
         """What the first process says."""
         if self.size == 1:
             return value
+        self.meet()
         box = [value]
         with self._together():
             dist.broadcast_object_list(box, src=0)
@@ -57,67 +74,115 @@ class Team(Hessians):
         """What each process says, in order."""
         if self.size == 1:
             return [value]
+        self.meet()
         said: list[Any] = [None] * self.size
         with self._together():
             dist.all_gather_object(said, value)
         return said
 
     def first_does(self, work: Callable[[], T]) -> T | None:
-        """Done by the first process alone; what it raises on purpose, all raise. Others return None."""
-        result, error = None, None
-        if self.first:
-            try:
-                result = work()
-            except WellRoundedError as failed:
-                error = failed
-        told = self.agree(None if error is None else str(error))
-        if error is not None:
-            raise error
-        if told is not None:
-            raise self._lost(told)
+        """Done by the first process alone, while the others, which return None, wait."""
+        result = work() if self.first else None
+        self.meet()
         return result
 
     def whole(self, hessian: Hessian | None, size: int, device: torch.device) -> Hessian | None:
         """The sum of what all processes have counted, None if that is nothing."""
         if self.size == 1:
             return hessian
-        hessian = hessian or Hessian(size, device)
+        hessian = hessian if hessian is not None else self.new(size, device)
+        self.meet()
         with self._together():
             hessian.sum_over(dist.all_reduce)
         return hessian if hessian.tokens else None
 
     def share(self, tensors: Sequence[torch.Tensor], owner: int) -> None:
-        """Fill the tensors, of equal shapes and dtypes everywhere, with what the owner has in them."""
+        """Fill the contiguous tensors, of equal shapes and dtypes everywhere, with what the owner has in them."""
+        self.meet()
         with self._together():
             for tensor in tensors:
-                dist.broadcast(tensor, src=owner)
+                if tensor.numel():  # as bytes: not every dtype can be sent
+                    dist.broadcast(tensor.reshape(-1).view(torch.uint8), src=owner)
 
     def tensors(self, read: Callable[[], dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-        """What the first process reads."""
+        """What the first process reads, in main memory."""
         if self.size == 1:
             return read()
-        found = read() if self.first else {}
+        found = {name: tensor.contiguous() for name, tensor in read().items()} if self.first else {}
         about = self.agree({name: (tensor.shape, tensor.dtype) for name, tensor in found.items()})
         found = found or {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in about.items()}
-        self.share(list(found.values()), owner=0)
+        self.share([*found.values()], owner=0)
         return found
+
+    def in_step(
+        self, sets: Iterator[Siblings | Bank], known: list[list[str]], without: Callable[[list[str]], Siblings | Bank]
+    ) -> Iterator[Siblings | Bank]:
+        """`sets`, each at the same time in all processes, in the order of `known`, those that are not in it first.
+
+        Quantized layers may send tokens another way than dense ones did: where a set is not reached, `without(names)`
+        stands for it; where it is reached too late, what it then reads does not count.
+        """
+        rank = {names[0]: number for number, names in enumerate(known)}
+        mine, done = next(sets, None), set[str]()
+        while True:
+            while mine is not None and done.issuperset(mine.names):
+                mine = next(sets, None)
+            offers = [names for names in self.all(None if mine is None else mine.names) if names]
+            if not offers:
+                return
+            chosen = min(offers, key=lambda names: rank.get(names[0], -1))
+            reached = mine is not None and mine.names == chosen
+            yield mine if reached and mine is not None else without(chosen)
+            done.update(chosen)
+
+    @contextmanager
+    def bound(self) -> Iterator[None]:
+        """While it lasts, what ends this process ends all of them, and the first one says why."""
+        try:
+            yield
+        except Exception as error:
+            if self.size > 1 and not self._broken:
+                with suppress(Lost):
+                    self._tell(error)
+            raise
+
+    def _tell(self, error: Exception) -> None:
+        if not isinstance(error, Lost):
+            own = isinstance(error, WellRoundedError)
+            why = str(error) if own else f"{type(error).__name__}: {error}"
+            self._told((why, error.exit_code if isinstance(error, WellRoundedError) else 1))
+            if isinstance(error, WellRoundedError):
+                error.speaks = self.first
+        with self._together():  # torchrun ends the others as soon as one is gone: the first has to put its things away
+            dist.all_reduce(torch.zeros(1))
+
+    def _told(self, failure: tuple[str, int] | None) -> list[tuple[str, int] | None]:
+        """Meet; who has failed, and why: nothing if nobody has."""
+        failures = torch.tensor([int(failure is not None)])
+        said: list[Any] = [None] * self.size
+        with self._together():
+            dist.all_reduce(failures)
+            if not failures:
+                return []
+            dist.all_gather_object(said, failure)
+        return said
 
     @contextmanager
     def _together(self) -> Iterator[None]:
-        """A connection that breaks means that a process has ended."""
+        """Whatever goes wrong in here leaves the others in the middle of something: nothing can be told them."""
         try:
             yield
-        except RuntimeError as error:
-            if exhausted(error):
+        except BaseException as error:
+            self._broken = True
+            if not isinstance(error, RuntimeError) or exhausted(error):
                 raise
-            raise self._lost(
-                "another process of this run has ended, and so does this one; finished blocks are kept, run the same "
-                f"command again, with as many processes as you like ({str(error).strip().splitlines()[0]})"
-            ) from None
+            raise self._lost(error) from None
 
-    def _lost(self, why: str) -> Lost:
-        lost = Lost(why)
-        lost.speaks = self.first
+    def _lost(self, error: RuntimeError) -> Lost:
+        """The first process says it, and the second too: it may be the first that has ended."""
+        line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        lost = Lost(f"another process of this run has ended, and so does this one; {AGAIN} ({line})")
+        lost.speaks = self.rank < 2
         return lost
 
     def mine(self, windows: Any) -> Any:
@@ -132,6 +197,20 @@ class Team(Hessians):
     def some(self, windows: Any) -> Any:
         """The same, none if there are too few."""
         return windows if self.size == 1 else windows[self.rank :: self.size]
+
+
+def merged(found: list[list[list[str]]]) -> list[list[str]]:
+    """Sets of siblings as several processes have found them, in an order that is right for each, every layer once."""
+    known: list[list[str]] = []
+    for sets in found:
+        at = 0
+        for siblings in sets:
+            places = {name: place for place, names in enumerate(known) for name in names}
+            at = max([at, *(places[name] + 1 for name in siblings if name in places)])
+            if new := [name for name in siblings if name not in places]:
+                known.insert(at, new)
+                at += 1
+    return known
 
 
 def shared(
@@ -162,7 +241,7 @@ def shared(
         owner, result = owners[name]
         weight = solved[name][0] if owner == team.rank else _blank(*about(name), scheme)
         tensors = [weight.codes, weight.scales, weight.zeros, weight.group_index]
-        tensors = [tensor.contiguous() for tensor in tensors]
+        tensors = [tensor.to(about(name)[1]).contiguous() for tensor in tensors]
         team.share(tensors, owner)
         yield QuantizedWeight(*tensors, scheme), result
 
@@ -194,26 +273,68 @@ class Follower:
         """Never called: what the first process reads comes from it."""
         raise KeyError(part)
 
+    def leave(self) -> None:
+        """Nothing is left on a machine where the first process does not write."""
+        with suppress(OSError):  # it is not there, or not empty
+            self.scratch.rmdir()
+            self.scratch.parent.rmdir()
+
 
 @contextmanager
 def joined(device: str = "cpu") -> Iterator[tuple[Team, str]]:
     """The team that torchrun has started, for as long as the block lasts, and this process's device.
 
-    A program that has connected its processes itself is left alone: each of its calls is a run of its own.
+    All its processes must come here. A program that has connected its processes itself is left alone: each of its
+    calls is a run of its own.
     """
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size == 1 or dist.is_initialized():
         yield Team(), device
         return
-    cuda = device.startswith("cuda")
-    if cuda:
-        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    cuda, place = device.startswith("cuda"), int(os.environ.get("LOCAL_RANK", "0"))
+    if cuda and place < torch.cuda.device_count():
+        device = f"cuda:{place}"
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
     try:
-        yield Team(dist.get_rank(), size), device
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        line = str(error).splitlines()[0]
+        raise UsageError(
+            f"WORLD_SIZE={size} says that this is one of {size} processes, but they cannot be connected ({line}); "
+            "start them with torchrun, or one without WORLD_SIZE"
+        ) from None
+    team = Team(dist.get_rank(), size)
+    try:
+        with _terminable(team), team.bound():
+            if cuda and place >= torch.cuda.device_count():
+                raise UsageError(
+                    f"{neighbours()} processes were started on a machine with {torch.cuda.device_count()} GPUs; start "
+                    "one for each (--nproc-per-node), or use --device cpu"
+                )
+            yield team, device
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _terminable(team: Team) -> Iterator[None]:
+    """While it lasts, SIGTERM, which torchrun sends when another process has ended, ends this one like an error."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one does not wait
+        team._broken = True
+        stopped = Lost(f"stopped by SIGTERM, which torchrun sends when another process has ended; {AGAIN}")
+        stopped.speaks = team.rank < 2
+        raise stopped
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
 
 def neighbours() -> int:
@@ -223,4 +344,5 @@ def neighbours() -> int:
 
 def speaks() -> bool:
     """Whether this process is the one of its run that a user hears."""
-    return os.environ.get("RANK", "0") == "0" or dist.is_initialized()
+    alone = os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized()
+    return alone or os.environ.get("RANK", "0") == "0"

@@ -35,6 +35,8 @@ def run(args: argparse.Namespace) -> int:
         "device": args.device,
         "max_memory": args.max_memory,
     }
+    if args.dry_run and not speaks():
+        return 0
     if args.dry_run:
         found = forecast(args.model, trust_remote_code=args.trust_remote_code, **options)
         if args.json:
