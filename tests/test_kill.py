@@ -219,6 +219,21 @@ def test_a_run_killed_at_its_end_may_be_killed_again_at_every_step(tmp_path, und
     assert ended == DONE and step > 15
 
 
+def test_a_result_that_was_taken_elsewhere_before_all_was_tidied_up_is_made_again(tmp_path, undisturbed):
+    out = tmp_path / "out"
+
+    def work() -> None:
+        Writer._clean = lambda self: kill()
+        write(out)
+
+    assert in_child(work).how == KILLED and beside(out) == {"out.partial"}
+    for part in out.with_name("out.partial").glob("shard-*"):
+        part.unlink()  # tidying up had begun
+    out.rename(tmp_path / "elsewhere")
+    write(out)
+    assert contents(out) == contents(tmp_path / "elsewhere") == undisturbed and beside(out) == {"elsewhere"}
+
+
 def kill() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 

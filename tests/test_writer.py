@@ -138,6 +138,18 @@ def test_a_last_line_that_was_cut_off_does_not_count(tmp_path, lost):
     assert list(again(writer).finished) == ["outside", "layers.0", "layers.1"]
 
 
+def test_a_line_that_was_cut_off_is_taken_away_without_writing_the_others_again(tmp_path, monkeypatch):
+    """A kill in the middle of that would lose them all."""
+    written(tmp_path)
+    path = tmp_path / "out.partial" / "journal.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + b'{"part": "layers.2", "no')
+    for name in ("write_text", "write_bytes"):
+        monkeypatch.setattr(Path, name, fail)
+    assert len(Writer(tmp_path / "out", REQUEST).finished) == 3
+    assert path.read_bytes().startswith(whole)
+
+
 @pytest.mark.parametrize("content", ["", '{"request": {"sou'])
 def test_a_journal_that_never_came_to_a_first_line_starts_over(tmp_path, content):
     journal = tmp_path / "out.partial" / "journal.jsonl"
@@ -466,12 +478,12 @@ def test_of_two_requests_only_what_differs_is_said():
     files = {f"model-{i:05d}-of-00100.safetensors": f"{i} bytes" for i in range(100)}
     touched = {**files, "model-00007-of-00100.safetensors": "8 bytes"}
     before = {"tensors": files, "settings": {"damping": 0.01, "panel": 128}, "bits": 4}
-    assert writing.difference(before, {**before, "tensors": touched}) == (
+    assert journal.difference(before, {**before, "tensors": touched}) == (
         "tensors: was {model-00007-of-00100.safetensors: '7 bytes'}, now {model-00007-of-00100.safetensors: '8 bytes'}"
     )
-    assert writing.difference(before, {**before, "settings": {"damping": 0.1, "panel": 128}, "bits": 3}) == (
+    assert journal.difference(before, {**before, "settings": {"damping": 0.1, "panel": 128}, "bits": 3}) == (
         "settings: was {damping: 0.01}, now {damping: 0.1}; bits: was 4, now 3"
     )
-    assert "and 97 more}" in writing.difference(before, {**before, "tensors": {}})
-    assert len(writing.difference({"text": "x" * 5000}, {"text": "y" * 5000})) < 300
-    assert writing.difference({"sizes": [1, 2]}, {"sizes": (1, 2)}) == ""
+    assert "and 97 more}" in journal.difference(before, {**before, "tensors": {}})
+    assert len(journal.difference({"text": "x" * 5000}, {"text": "y" * 5000})) < 300
+    assert journal.difference({"sizes": [1, 2]}, {"sizes": (1, 2)}) == ""

@@ -127,3 +127,31 @@ def _holder(path: Path) -> str:
         pids = [line["pid"] for line in map(json.loads, path.read_bytes().splitlines()) if "pid" in line]
         return f" ({pids[-1]})" if pids else ""
     return ""
+
+
+def difference(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What differs between two requests, in words; of dicts within them, the keys that do. "" if they are equal."""
+    now = json.loads(json.dumps(now))
+    said = []
+    for key in {**before, **now}:
+        was, new = before.get(key), now.get(key)
+        if was != new:
+            was, new = _apart(was, new)
+            said.append(f"{key}: was {_shown(was)}, now {_shown(new)}")
+    return "; ".join(said)
+
+
+def _apart(was: Any, new: Any) -> tuple[Any, Any]:
+    if not (isinstance(was, dict) and isinstance(new, dict)):
+        return was, new
+    pairs = {key: _apart(was.get(key), new.get(key)) for key in {**was, **new} if was.get(key) != new.get(key)}
+    return {k: v for k, (v, _) in pairs.items() if k in was}, {k: v for k, (_, v) in pairs.items() if k in new}
+
+
+def _shown(value: Any, keys: int = 3, width: int = 100) -> str:
+    if isinstance(value, dict):
+        shown = [f"{key}: {_shown(inner)}" for key, inner in list(value.items())[:keys]]
+        more = [f"and {len(value) - keys} more"] if len(value) > keys else []
+        return "{" + ", ".join([*shown, *more]) + "}"
+    text = repr(value)
+    return text if len(text) <= width else f"{text[:width]}..."
