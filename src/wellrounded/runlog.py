@@ -52,7 +52,7 @@ class RunLog:
         LOGGER.setLevel(logging.INFO)
         LOGGER.addHandler(self._handler)
         self._show = warnings.showwarning
-        warnings.showwarning = self._showwarning
+        warnings.showwarning = self._showwarning  # type: ignore[assignment]
         LOGGER.info("wellrounded %s: %s", __version__, self.asked)
         return self
 
