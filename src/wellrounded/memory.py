@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import re
 import sys
 from collections.abc import Iterator
@@ -38,6 +39,12 @@ def rss_bytes() -> int:
     return peak_rss_bytes()
 
 
+def give_back() -> None:
+    """Return to the system what the C library has free: large tensors leave holes that would add up over a run."""
+    with suppress(OSError, AttributeError):  # glibc's alone
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def allowed_bytes() -> int | None:
     """What this process may come to hold in all: what it has, and what is free, within its limits; None if unknown."""
     return min(_allowances(), default=None)
@@ -71,9 +78,7 @@ def _cgroup_limits() -> Iterator[int]:
             _, controllers, path = line.split(":", 2)
             if controllers not in GROUPS:
                 continue
-            root, name = (
-                ("/sys/fs/cgroup/memory", "memory.limit_in_bytes") if controllers else ("/sys/fs/cgroup", "memory.max")
-            )
+            root, name = GROUPS[controllers]
             here = Path(root) / path.lstrip("/")
             for directory in (here, *here.parents):
                 with suppress(OSError, ValueError):  # "max" is no number

@@ -23,7 +23,7 @@ from .errors import OutOfMemory, UsageError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .ledger import Ledger
-from .memory import exhausted, peak_rss_bytes
+from .memory import exhausted, give_back, peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
 from .model.siblings import Bank, Member, Siblings, anew
@@ -126,6 +126,14 @@ class Run:
         spill = SpillFile(writer.scratch) if self.room.spills and writer.scratch else None
         try:
             self._quantize(writer, clock, spill)
+        except (MemoryError, RuntimeError) as error:
+            if not exhausted(error):
+                raise
+            raise OutOfMemory(
+                f"{self.walk.names[min(clock.done, clock.total - 1)]}: memory does not suffice "
+                f"({str(error).splitlines()[0]}); finished blocks are kept: free some, use shorter windows (--length), "
+                "and run the same command again"
+            ) from None
         finally:
             if spill is not None:
                 spill.close()
@@ -138,6 +146,7 @@ class Run:
     def _quantize(self, writer: Store, clock: Clock, spill: SpillFile | None) -> None:
         calibrating, dense, quantized = self._streams(spill)
         self.plan.excuse(self.walk.idle)
+        give_back()
         for index, name, block in self.walk:
             mine, replayed = self._mine(name, block), name in writer.finished
             known = None if replayed else self._known(index, mine, [*dense, *calibrating])
@@ -150,6 +159,7 @@ class Run:
                 self.source.verify()
                 writer.add(name, tensors, [asdict(result) for result in results])
                 del tensors
+                give_back()
             self.walk.advance(index, *quantized)
             tokens = self.calibration.windows.tokens if self.calibration else 0
             clock.passed(name, tokens, replayed, self.report)
@@ -208,17 +218,16 @@ class Run:
     def _known(self, index: int, names: list[str], streams: list[Stream]) -> list[list[str]] | None:
         """Sets of siblings, None if they will be found while observing.
 
-        Found on one window, unless that does not reach every layer and nobody waits until another one does; in a team
-        all must walk the same way.
+        Found on one window, and in a team, where all must walk the same way, on all if that does not reach every layer.
         """
         if not streams or not self.settings.true_sequential:
             return None
+        known = self.walk.siblings(index, streams[0], names)
         if self.team.size == 1:
-            find, stream = (
-                (self.walk.siblings, streams[0]) if self.room.waits else (self.walk.all_siblings, streams[-1])
-            )
-            return find(index, stream, names)
-        found = self.team.all(self.walk.all_siblings(index, streams[-1], names))
+            return known
+        if sum(map(len, known)) < len(names):
+            known = self.walk.all_siblings(index, streams[-1], names)
+        found = self.team.all(known)
         self.uneven = any(other != found[0] for other in found)
         return merged(found)
 
@@ -236,6 +245,7 @@ class Run:
         while True:
             left = [name for name in mine if f"{block_name}.{name}" not in {*results, *self.plan.kept}]
             try:
+                known = self._complete(index, left, known, calibrating)
                 for members in self._observed(index, left, known, calibrating, alike):
                     for quantized, result in self._solve([member.within(block_name) for member in members]):
                         self._place(self.source.model.get_submodule(result.name), quantized)
@@ -249,13 +259,20 @@ class Run:
                 if not exhausted(error):
                     raise
                 lack = str(error).splitlines()[0]
-            known = self._economize(index, left, known, calibrating, clock, lack)  # here, where nothing holds the error
+            self._economize(index, calibrating, clock, lack)  # here, where nothing holds on to the error
 
-    def _economize(
-        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock,
-        lack: str,
-    ) -> list[list[str]] | None:  # fmt: skip
-        """After a failed allocation: half the batch from here on, and no batch waits any more; the sets of siblings.
+    def _complete(
+        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]
+    ) -> list[list[str]] | None:
+        """The sets of siblings with those that only some batches reach, where nobody waits until one does."""
+        if self.team.size > 1:  # what any process knows of is among them, and all walk the same way
+            return known
+        if known is None or self.room.waits or {*names} <= {name for one in known for name in one}:
+            return known
+        return self.walk.all_siblings(index, calibrating[0], names)
+
+    def _economize(self, index: int, calibrating: list[Stream], clock: Clock, lack: str) -> None:
+        """After a failed allocation: half the batch from here on, and no batch waits any more.
 
         Raises OutOfMemory if every batch is a single window already.
         """
@@ -279,7 +296,6 @@ class Run:
                 raise
             raise OutOfMemory(f"{self.walk.names[index]}: not even half a batch fits ({lack})") from None
         clock.say(f"out of memory at {self.walk.names[index]} ({lack}): going on with half the batch")
-        return known if known is None else self.walk.all_siblings(index, calibrating[0], names)
 
     def _observed(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream],
@@ -298,16 +314,17 @@ class Run:
                 for name in siblings.names:
                     unseen.pop(name, None)
                 if isinstance(siblings, Siblings) and siblings.hessian is not None:
-                    mine = siblings.hessian
                     for role in {role_of(name) for name in siblings.names} - {*siblings.names}:
-                        alike.setdefault((role, mine.size), Hessian(mine.size, mine.device)).merge(mine)
+                        like = (role, siblings.size)
+                        alike.setdefault(like, Hessian(siblings.size, siblings.device)).merge(siblings.hessian)
                 siblings.forget()
+                give_back()
             self.walk.advance(index, stream)  # whatever has not left
         for name in unseen:
             _, inputs = layers_of.shape_of(self.walk.blocks[index].get_submodule(name))
-            like = alike.get((role_of(name), inputs))  # an expert of its own kind, that no token was routed to
-            if self.calibration is None or like is not None:
-                yield [Member([name], like)]
+            known_of = alike.get((role_of(name), inputs))  # an expert of its own kind, that no token was routed to
+            if self.calibration is None or known_of is not None:
+                yield [Member([name], known_of)]
             else:
                 self._leave(f"{self.walk.names[index]}.{name}")
 

@@ -24,7 +24,7 @@ from .plan import Plan
 from .progress import duration
 from .rates import Rates
 
-OVERHEAD = 250 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
+OVERHEAD = 300 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
 CONTEXT = 600 * 2**20  # what a GPU's driver takes for a process
 BATCH_TOKENS = 4096  # enough for matmuls at full speed
 

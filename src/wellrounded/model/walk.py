@@ -139,11 +139,8 @@ class BlockWalk:
         return self._siblings(index, names, self._batches(self._run, index, stream)[-1:])
 
     def all_siblings(self, index: int, stream: Stream, names: list[str]) -> list[list[str]]:
-        """The same, found on every batch if the last one does not reach every layer."""
-        found = self.siblings(index, stream, names)
-        if sum(map(len, found)) < len(names):
-            found = self._siblings(index, names, self._batches(self._run, index, stream))
-        return found
+        """The same, found on every batch."""
+        return self._siblings(index, names, self._batches(self._run, index, stream))
 
     def _siblings(self, index: int, names: list[str], batches: list[Batch]) -> list[list[str]]:
         return [siblings.names for siblings in observe(self.blocks[index], names, batches, weigh=False)]
