@@ -1,4 +1,4 @@
-"""How much a run keeps in memory: it changes nothing but the time, it is foretold, and running out of it ends nothing."""
+"""How much a run keeps in memory changes nothing but the time, and is foretold; running out of it ends nothing."""
 
 from dataclasses import replace
 
@@ -10,10 +10,11 @@ import tiny_configs
 import wellrounded as wr
 from wellrounded import memory, prediction, request, solving
 from wellrounded.checkpoint import Reader, Writer
-from wellrounded.errors import OutOfMemory, UsageError
+from wellrounded.errors import CheckpointError, OutOfMemory, UsageError
 from wellrounded.hf.headers import open_headers
 from wellrounded.hf.source import open_source
 from wellrounded.memory import exhausted, parse_size
+from wellrounded.model import stream
 from wellrounded.model.walk import BlockWalk
 from wellrounded.prediction import Forecaster, Room, Workload, rooms
 from wellrounded.report import Report
@@ -51,12 +52,13 @@ def weights(out) -> dict[str, bytes]:
 
 # ---- the same result ----
 
-FRUGAL = [Room(waits=False), Room(spills=True), Room(waits=False, spills=True)]
+FRUGAL = [Room(waits=False), Room(spills=True), Room(waits=False, spills=True), Room(waits=False, maps=True)]
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "qwen3_moe", "mixtral"])
-def test_what_is_kept_in_memory_changes_no_bit_of_the_result(kind, padded, tmp_path):
+def test_what_is_kept_in_memory_changes_no_bit_of_the_result(kind, padded, tmp_path, monkeypatch):
+    monkeypatch.setattr(stream, "LARGE", 65)
     model = tiny_configs.build(kind).bfloat16()
     run_in(Room(), model, tmp_path / "fast", padded=padded)
     expected = weights(tmp_path / "fast")
@@ -72,12 +74,22 @@ def test_a_smaller_batch_changes_only_the_order_of_sums(llama, quantized, tmp_pa
 
 
 def assert_close(out, expected):
-    """Where a tie falls the other way codes differ, and what follows makes up for it: the errors stay what they were."""
+    """Where a tie falls the other way codes differ, and what follows makes up for it: errors stay what they were."""
     mine, theirs = (Report.read(directory).layers for directory in (out, expected))
     assert [layer.name for layer in mine] == [layer.name for layer in theirs]
     for layer, other in zip(mine, theirs):
         assert (layer.tokens, layer.fallback) == (other.tokens, None)
         assert layer.error_db == pytest.approx(other.error_db, abs=0.25), layer.name
+
+
+def test_a_disk_too_small_for_a_matrix_is_said(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.posix_fallocate", full, raising=False)
+    with pytest.raises(CheckpointError, match=r"making .*matrix-.*: No space left on device; finished blocks are kept"):
+        stream.mapped(tmp_path)(stream.LARGE, torch.device("cpu"))
+    assert not list(tmp_path.iterdir())
 
 
 # ---- running out of it ----
@@ -171,7 +183,10 @@ def test_a_real_allocation_that_fails_is_recognized():
 # ---- a limit ----
 
 
-def forecaster(model, work=Workload(64, 8, 32), **options) -> Forecaster:
+SMALL = Workload(64, 8, 32)
+
+
+def forecaster(model, work=SMALL, **options) -> Forecaster:
     asked = Request(calibration="none", device="cpu", **options)
     run = asked.run(open_headers(model))
     return Forecaster(run.source, run.plan, run.walk.names, work, "cpu", base=2**20)
@@ -182,8 +197,8 @@ def test_every_room_takes_less_than_the_one_before(kind):
     known = forecaster(tiny_configs.build(kind), Workload(4096, 8, 32))
     choices = list(rooms(4096, 32))
     peaks = [known.peak(room) for room in choices]
-    assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[1] > peaks[2] > peaks[-1]
-    assert choices[-1].batch_tokens == 32
+    assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[1] > peaks[2] > peaks[-2]
+    assert choices[-1].batch_tokens == 32 and choices[-1].maps
     for room, peak in zip(choices, peaks):
         assert known.peak(known.room(peak)) <= peak
         assert room in (known.room(peak), *choices[choices.index(known.room(peak)) :])
@@ -214,7 +229,7 @@ def test_what_is_free_chooses_the_room_and_warns_where_nothing_fits(llama, tmp_p
     assert asked.run(open_source(llama)).room == Room(waits=False)
     monkeypatch.setattr(request, "free_bytes", lambda device: 2**20)
     poor = asked.run(open_source(llama))
-    assert poor.room == Room(32, waits=False, spills=True)
+    assert poor.room == Room(32, waits=False, spills=True, maps=True)
     assert poor.caution.startswith("only 1 MiB of memory are free, and this run is likely to need ")
 
 

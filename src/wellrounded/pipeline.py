@@ -27,7 +27,7 @@ from .memory import exhausted, give_back, peak_rss_bytes
 from .model import blocks as layers_of
 from .model.experts import Experts
 from .model.siblings import Bank, Member, Siblings, anew
-from .model.stream import SpillFile, Stream
+from .model.stream import SpillFile, Stream, mapped
 from .model.walk import BlockWalk
 from .plan import UNUSED, make_plan
 from .prediction import Room
@@ -63,11 +63,12 @@ class Run:
         lm_head: bool = False,
     ) -> None:
         self.batch, self.room, self.caution = batch, Room(), ""  # the latter two: see Request.run
-        self.team, self.uneven = Team(), False  # whether in its processes different layers are reached
         self.device = device
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)
         self.walk = BlockWalk(source.model, source.read, device, towers=pictures)
+        self.team = self.walk.hessians = Team()
+        self.uneven = False  # whether in its processes different layers are reached
         self.parameters = sum(p.numel() for p in source.model.parameters())
         self.plan = make_plan(source.model, self.walk.names, recipe, lm_head)
         self.ledger = Ledger(source, self.plan, self.walk.names)
@@ -124,6 +125,8 @@ class Run:
             if part not in writer.finished:
                 writer.add(part, dict(self.ledger.dense(part)))
         spill = SpillFile(writer.scratch) if self.room.spills and writer.scratch else None
+        if self.room.maps and writer.scratch:
+            self.team.square = mapped(writer.scratch)
         try:
             self._quantize(writer, clock, spill)
         except (MemoryError, RuntimeError) as error:
@@ -175,7 +178,7 @@ class Run:
         if name in writer.finished:
             self._replay(name, writer)
         else:
-            hessian = Hessian(layers_of.shape_of(head)[1], dense.device) if calibrating else None
+            hessian = self.team.new(layers_of.shape_of(head)[1], dense.device) if calibrating else None
             for stream in calibrating:
                 for batch, mask in enumerate(stream.masks):
                     hessian.update(self.walk.reaching(head, stream, batch), mask)
@@ -406,6 +409,7 @@ class Run:
         writer.finish(parts, lambda directory: self._write_rest(directory, started))
 
     def _write_rest(self, directory: Path, started: float) -> None:
+        self.source.verify()
         self.report.tensors = self.ledger.account(Reader(directory).places)
         self.source.write_files(directory)
         self.report.size_bytes = sum(f.stat().st_size for f in directory.glob("*.safetensors"))

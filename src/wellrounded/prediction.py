@@ -20,6 +20,7 @@ from .memory import shown
 from .model import blocks as layers_of
 from .model.experts import Experts
 from .model.siblings import STACK_BYTES
+from .model.stream import LARGE
 from .plan import Plan
 from .progress import duration
 from .rates import Rates
@@ -36,16 +37,19 @@ class Room:
     batch_tokens  per forward pass, one window at least; only this changes the last bits of the result
     waits         batches wait inside a block for its layers to be solved (siblings.staged), or run anew for each set
     spills        hidden states, and what a batch alone is given, lie in a file
+    maps          large Hessians and factors lie in files that are mapped into memory
     """
 
     batch_tokens: int = BATCH_TOKENS
     waits: bool = True
     spills: bool = False
+    maps: bool = False
 
     def __str__(self) -> str:
         parts = [f"batches of {self.batch_tokens:,} tokens"]
         parts += [] if self.waits else ["blocks run again for each set of layers"]
         parts += ["activations on disk"] if self.spills else []
+        parts += ["large matrices on disk"] if self.maps else []
         return ", ".join(parts)
 
 
@@ -157,7 +161,7 @@ class Forecaster:
         base = CONTEXT if self.device.startswith("cuda") else self.base + OVERHEAD
         largest = max(block.bytes for block in self.blocks)
         if not self.work.windows:
-            rows = max(self._solving(block, with_data=False) for block in self.blocks)
+            rows = max(self._solving(block, room, with_data=False) for block in self.blocks)
             return {"reading": base + self.outside * 2, "solving": base + largest + self.single + rows}
         kept = self._kept(room)
         batch = max(self.work.length, room.batch_tokens // self.work.length * self.work.length)
@@ -167,9 +171,9 @@ class Forecaster:
             here = base + kept + block.bytes * (1 + self.plan_bits / 16)
             if room.waits:
                 here += self.work.tokens * block.waiting * 2
-            hessians = max((4 * _at_once(s) * s.inputs**2 for s in block.sets), default=0)
+            hessians = max((_at_once(s) * _square(s, room) for s in block.sets), default=0)
             forward = max(forward, here + hessians + batch * block.working * 2)
-            solving = max(solving, here + self._solving(block))
+            solving = max(solving, here + self._solving(block, room))
         found |= {"running a block": int(forward), "solving": int(solving)}
         # Two windows' logits, in bfloat16, and the rows of them that are compared in float32.
         logits = self.work.length * self.vocabulary * 2 * 2 + 32 * self.vocabulary * 4 * 6
@@ -190,14 +194,15 @@ class Forecaster:
         tokens = self.work.tokens + 2 * self.work.held_out * self.work.length
         return tokens * self.hidden * 2 + (tokens * self.work.length if self.work.padded else 0)
 
-    def _solving(self, block: Block, with_data: bool = True) -> int:
+    def _solving(self, block: Block, room: Room, with_data: bool = True) -> int:
         """Hessians, and what solving takes, of the set of the block that takes most."""
         most = 0
         for one in block.sets:
             members = _at_once(one) if with_data else 1
-            hessians = 4 * members * one.inputs**2 if with_data else 0
-            read = 2 * members * one.outputs * one.inputs
-            most = max(most, hessians + read + gptq.working_bytes(one.inputs, one.outputs, members))
+            matrices = 4 * one.inputs**2
+            working = gptq.working_bytes(one.inputs, one.outputs, members) - members * matrices
+            squares = 2 * members * _square(one, room) if with_data else 0
+            most = max(most, squares + working + 2 * members * one.outputs * one.inputs)
         return most
 
     def output_bytes(self) -> int:
@@ -268,8 +273,9 @@ def rooms(tokens: int, length: int) -> Iterator[Room]:
     while True:
         yield Room(tokens, waits=False, spills=True)
         if tokens <= length:
-            return
+            break
         tokens = max(length, tokens // 2)
+    yield Room(tokens, waits=False, spills=True, maps=True)
 
 
 def _has_embeddings(model: nn.Module) -> bool:
@@ -285,6 +291,11 @@ def _product(shape: tuple[int, ...]) -> int:
     for size in shape:
         total *= size
     return total
+
+
+def _square(one: Siblings, room: Room) -> int:
+    """Bytes of a Hessian, or a factor, as far as memory must hold them."""
+    return 0 if room.maps and one.inputs >= LARGE else 4 * one.inputs**2
 
 
 def _at_once(one: Siblings) -> int:

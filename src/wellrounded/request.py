@@ -17,7 +17,7 @@ from .core.gptq import Settings
 from .core.recipe import Recipe, Rule
 from .core.scheme import Scheme, default_group_size
 from .errors import UsageError
-from .memory import free_bytes, parse_size, rss_bytes, shown
+from .memory import free_bytes, give_back, parse_size, rss_bytes, shown
 from .model import blocks as layers_of
 from .pipeline import Run
 from .prediction import BATCH_TOKENS, Forecast, Forecaster, Room, Workload, rooms
@@ -97,6 +97,7 @@ class Request:
         return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch, self.lm_head)
 
     def _forecaster(self, run: Run, work: Workload) -> Forecaster:
+        give_back()
         return Forecaster(run.source, run.plan, run.walk.names, work, run.device, rss_bytes())
 
     def _room(self, run: Run, work: Workload) -> tuple[Room, str]:

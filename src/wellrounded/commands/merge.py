@@ -34,7 +34,7 @@ def run(args: argparse.Namespace) -> int:
             samples=args.samples,
             length=args.length,
             seed=args.seed,
-            progress=lambda p: bar.step(p.done, p.total, p.seconds),
+            progress=bar.tell,
             **where,
             **scheme,
         )

@@ -18,7 +18,7 @@ import torch
 from greenlet import GreenletExit, getcurrent, greenlet
 from torch import nn
 
-from ..core.hessian import Hessian
+from ..core.hessian import Hessian, in_memory
 from .blocks import shape_of
 from .experts import Experts, Routed
 
@@ -28,11 +28,16 @@ Count = Callable[[Any, "torch.Tensor | None"], None]  # told of an input, and wh
 
 
 class Hessians:
-    """Where Hessians come from, and how they become whole: here at once; in a run of many processes, as their sum."""
+    """Where Hessians come from, and how they become whole: here at once; in a run of many processes, as their sum.
+
+    `square` makes their matrices, float32 zeros [size, size].
+    """
+
+    square: Callable[[int, torch.device], torch.Tensor] = staticmethod(in_memory)
 
     def new(self, size: int, device: torch.device) -> Hessian:
         """An empty one."""
-        return Hessian(size, device)
+        return Hessian(size, device, self.square)
 
     def whole(self, hessian: Hessian | None, size: int, device: torch.device) -> Hessian | None:
         """What all have counted, given what this process has; None if that is nothing."""

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 
+from ..core.hessian import in_memory
 from ..errors import CheckpointError
 from .calls import Call, Carried, replaced
+
+LARGE = 8192  # columns of a matrix that is worth a file: 256 MiB
+_numbers = count()
 
 
 @dataclass(frozen=True)
@@ -41,7 +46,7 @@ class SpillFile:
             if os.name == "posix":
                 self._path.unlink()
         except OSError as error:
-            raise self._failed("opening", error) from None
+            raise failed("opening", self._path, error) from None
 
     def put(self, tensor: torch.Tensor, place: Spilled | None = None) -> Spilled:
         """Write a tensor, to `place` or behind all others; CheckpointError if the disk does not take it."""
@@ -56,7 +61,7 @@ class SpillFile:
             while left:
                 left = left[self._file.write(left) :]
         except OSError as error:
-            raise self._failed("writing", error) from None
+            raise failed("writing", self._path, error) from None
         return place
 
     def get(self, place: Spilled) -> torch.Tensor:
@@ -72,7 +77,7 @@ class SpillFile:
                     raise OSError(f"it ends {len(left):,} bytes too early")
                 left = left[count:]
         except OSError as error:
-            raise self._failed("reading", error) from None
+            raise failed("reading", self._path, error) from None
         return raw.view(place.dtype).reshape(place.shape).to(place.device)
 
     def close(self) -> None:
@@ -80,11 +85,42 @@ class SpillFile:
         self._file.close()
         self._path.unlink(missing_ok=True)
 
-    def _failed(self, doing: str, error: OSError) -> CheckpointError:
-        return CheckpointError(
-            f"{doing} {self._path}, which keeps activations: {error.strerror or error}; finished blocks are kept, make "
-            "room or allow more memory, and run the same command again"
-        )
+
+def mapped(directory: Path) -> Callable[[int, torch.device], torch.Tensor]:
+    """Makes matrices, float32 zeros [size, size], large ones in files of this directory that are mapped into memory.
+
+    The system keeps of them what it has room for. The files have their full size at once, so that a full disk is said
+    then, and no name, where that is possible.
+    """
+
+    def new(size: int, device: torch.device) -> torch.Tensor:
+        if device.type != "cpu" or size < LARGE:
+            return in_memory(size, device)
+        path = directory / f"matrix-{os.getpid()}-{size}-{next(_numbers)}"
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with path.open("wb") as file:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(file.fileno(), 0, 4 * size**2)
+                else:
+                    file.truncate(4 * size**2)
+            matrix = torch.from_file(str(path), shared=True, size=size**2, dtype=torch.float32).view(size, size)
+        except OSError as error:
+            raise failed("making", path, error) from None
+        finally:
+            if os.name == "posix":
+                path.unlink(missing_ok=True)
+        return matrix
+
+    return new
+
+
+def failed(doing: str, path: Path, error: OSError) -> CheckpointError:
+    """The error of a temporary file."""
+    return CheckpointError(
+        f"{doing} {path}, for what does not fit into memory: {error.strerror or error}; finished blocks are kept, make "
+        "room or allow more memory, and run the same command again"
+    )
 
 
 class Stream:
