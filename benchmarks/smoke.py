@@ -56,6 +56,7 @@ def main() -> None:
             written, out = Path(scratch) / kind, Path(scratch) / f"{kind}-out"
             run("large.py", "write", f"tiny-{kind}", str(written))
             run("large.py", "run", str(written), str(out), "--limit", "4GB", "--", "--samples", "8", "--length", "64")
+        run("scale.py", "--models", "tiny")
         run("peers_cpu.py", "run", "tiny", "--rounds", "1")  # without the peers: their environments are not CI's
 
 

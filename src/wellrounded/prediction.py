@@ -55,12 +55,16 @@ class Room:
 
 @dataclass(frozen=True)
 class Workload:
-    """The tokens of a run: windows to calibrate on, and held-out ones, of one length; none of both for no data."""
+    """One process's share of a run: windows to calibrate on, and held-out ones, of one length; none for no data.
+
+    processes  how many there are, to share the layers of a set of siblings too
+    """
 
     windows: int
     held_out: int
     length: int
     padded: bool = False
+    processes: int = 1
 
     @property
     def tokens(self) -> int:
@@ -261,7 +265,9 @@ class Forecaster:
             for one in block.sets:
                 reached = work.tokens * one.share * one.experts
                 total += reached * one.inputs**2 / rates.gram
-                total += one.experts * rates.solving(one.inputs, one.outputs, bool(work.windows))
+                experts = -(-one.experts // work.processes)
+                outputs = one.outputs if one.experts > 1 else _largest_share(one.weights, work.processes)
+                total += experts * rates.solving(one.inputs, outputs, bool(work.windows))
         compared = work.held_out * work.length * self.vocabulary
         return total + 2 * compared * (2 * self.hidden / rates.products + 1 / rates.comparing)
 
@@ -276,6 +282,11 @@ def rooms(tokens: int, length: int) -> Iterator[Room]:
             break
         tokens = max(length, tokens // 2)
     yield Room(tokens, waits=False, spills=True, maps=True)
+
+
+def _largest_share(outputs: tuple[int, ...], processes: int) -> int:
+    """Outputs of the layers that one process solves, in turn, where that is most."""
+    return max(sum(outputs[rank::processes]) for rank in range(min(processes, len(outputs))))
 
 
 def _has_embeddings(model: nn.Module) -> bool:

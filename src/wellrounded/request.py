@@ -77,7 +77,8 @@ class Request:
         windows, held = (calibration.windows, calibration.held_out) if calibration else ((), ())
         padded = calibration is not None and calibration.windows.mask is not None
         length = calibration.windows.length if calibration else 1
-        share = Workload(-(-len(windows) // team.size), -(-len(held) // team.size), length, padded)
+        mine, theirs = (-(-len(all_) // team.size) for all_ in (windows, held))
+        share = Workload(mine, theirs, length, padded, team.size)
         run.room, run.caution = self._room(run, share)
         if team.size > 1:
             run.join(team)
