@@ -45,7 +45,7 @@ LEVELS = {
     **dict.fromkeys(["api", "autogptq", "benchmark", "cli", "commands", "transformers", "__init__", "__main__"], 7),
 }
 STRANGERS = {2, 4}  # rooms on these levels do not know each other either
-HOMES = {"safetensors": "tensorfile.py", "triton": "kernels/triton*.py", "transformers": "hf/*", "peft": "hf/*",
+HOMES = {"safetensors": "nowhere", "triton": "kernels/triton*.py", "transformers": "hf/*", "peft": "hf/*",
          "huggingface_hub": "hf/*"}  # fmt: skip
 FILES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py"))]
 
@@ -84,7 +84,7 @@ def test_foreign_libraries_stay_in_their_rooms(file):
 def test_the_rules_would_notice():
     assert {"wellrounded.core.weight.QuantizedWeight", "torch"} <= imported("nn.py")
     assert {"wellrounded.kernels", "wellrounded.formats.gptq"} <= imported("nn.py")
-    assert "safetensors.torch.save_file" in imported("tensorfile.py")
+    assert "huggingface_hub.snapshot_download" in imported("hf/source.py")
     assert "wellrounded.hf.load.load" in imported("__init__.py")
 
 

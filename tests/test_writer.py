@@ -107,6 +107,36 @@ def test_several_shards_have_an_index(tmp_path, monkeypatch, parts_per_shard, sh
     assert_equal({name: Reader(out).read(name) for name in wanted}, wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int16, torch.float16, torch.bfloat16, torch.int32,
+                                   torch.float32, torch.int64, torch.float64, torch.float8_e4m3fn])  # fmt: skip
+def test_a_file_is_what_the_safetensors_library_reads_and_would_have_written(dtype, tmp_path):
+    values = torch.arange(24).reshape(2, 3, 4).to(dtype)
+    stored = {"b": values, "a": values[0].T, "one": values[1, 1, 1], "none": values[:0], "like a": values[0].T}
+    tensorfile.write(tmp_path / "ours", stored)
+    loaded = load_file(tmp_path / "ours")
+    assert loaded.keys() == stored.keys()
+    assert all(torch.equal(loaded[name].view(torch.uint8), t.contiguous().view(torch.uint8)) if t.ndim else
+               loaded[name].item() == t.item() for name, t in stored.items())  # fmt: skip
+    save_file({name: t.clone().contiguous() for name, t in stored.items()}, tmp_path / "theirs", {"format": "pt"})
+    assert (tmp_path / "ours").stat().st_size == (tmp_path / "theirs").stat().st_size
+
+
+def test_tensors_of_several_widths_are_aligned(tmp_path):
+    kinds = (torch.uint8, torch.float64, torch.int16, torch.float32)
+    stored = {f"t{n}": torch.ones(3, dtype=dtype) for n, dtype in enumerate(kinds)}
+    tensorfile.write(tmp_path / "ours", stored)
+    entries, start = tensorfile.read_header(tmp_path / "ours")
+    assert start % 8 == 0
+    assert all(entries[name]["data_offsets"][0] % t.element_size() == 0 for name, t in stored.items())
+    assert_equal(load_file(tmp_path / "ours"), stored)
+
+
+def test_a_dtype_that_the_format_does_not_have_is_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="z: safetensors files hold no torch.complex128; convert"):
+        tensorfile.write(tmp_path / "ours", {"z": torch.ones(2, dtype=torch.complex128)})
+    assert not list(tmp_path.iterdir())
+
+
 def test_joining_one_file_gives_its_tensors_byte_for_byte(tmp_path):
     save_file(tensors(), tmp_path / "part", metadata={"format": "pt"})
     join([TensorFile(tmp_path / "part")], tmp_path / "model.safetensors")
@@ -278,13 +308,13 @@ def test_a_place_without_permission_is_refused(tmp_path, monkeypatch):
 
 
 def test_a_full_disk_says_so_and_keeps_what_is_finished(tmp_path, monkeypatch):
-    def disk_full(tensors, path, metadata):
+    def disk_full(path, tensors):
         path.write_bytes(b"half a part")
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     writer = written(tmp_path, ("outside", "layers.0"))
     with monkeypatch.context() as patch:
-        patch.setattr(tensorfile, "save_file", disk_full)
+        patch.setattr(tensorfile, "write", disk_full)
         with pytest.raises(CheckpointError) as caught:
             writer.add("layers.1", tensors(2, "layers.1."), [2])
     message = str(caught.value)

@@ -6,19 +6,17 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from .errors import CheckpointError
 
-__all__ = ["SafetensorError", "Stamp", "TensorFile", "join", "read_header", "remove", "sync", "sync_tree", "write"]
+__all__ = ["Stamp", "TensorFile", "join", "read_header", "remove", "sync", "sync_tree", "write"]
 
 COPY = 2**22  # bytes at once
 
@@ -30,6 +28,7 @@ _TORCH = {
     "F8_E5M2FNUZ": "float8_e5m2fnuz", "F8_E8M0": "float8_e8m0fnu", "F4": "float4_e2m1fn_x2",
 }  # fmt: skip
 DTYPES: dict[str, torch.dtype] = {ours: getattr(torch, name) for ours, name in _TORCH.items() if hasattr(torch, name)}
+NAMES = {dtype: ours for ours, dtype in DTYPES.items()}
 PAIRS = {"F4"}  # two values in a byte: torch's shape counts bytes
 
 
@@ -151,40 +150,54 @@ def _checked(header: dict[str, dict]) -> int:
 
 
 def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Store tensors, of which none needs to have memory of its own, in a new file that is on the disk afterwards."""
-    save_file(_separate(tensors), path, metadata={"format": "pt"})
-    with path.open("rb+") as file:
-        os.fsync(file.fileno())
+    """Store tensors in a new file that is on the disk afterwards, each straight from its memory.
 
-
-def _separate(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The same tensors, contiguous, none sharing memory with another (siblings share one group index)."""
-    seen: set[int] = set()
-    out = {}
-    for name, tensor in tensors.items():
-        tensor = tensor.detach().contiguous()
-        out[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
-        seen.add(out[name].data_ptr())
-    return out
+    The safetensors library would copy all of them first. Wide values come first, so that every tensor is aligned.
+    Raises CheckpointError for a dtype that the format does not have.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, Any] = {}
+    offset = 0
+    for name in order:
+        tensor = tensors[name]
+        if tensor.dtype not in NAMES:
+            raise CheckpointError(f"{name}: safetensors files hold no {tensor.dtype}; convert the model first")
+        shape, size = list(tensor.shape), tensor.numel() * tensor.element_size()
+        if NAMES[tensor.dtype] in PAIRS and shape:
+            shape[-1] *= 2
+        entries[name] = {"dtype": NAMES[tensor.dtype], "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    with _begun(path, entries) as out:
+        for name in order:
+            values = tensors[name].detach().cpu().contiguous().reshape(-1)
+            if values.numel():
+                out.write(memoryview(values.view(torch.uint8).numpy().data))
 
 
 def join(parts: Iterable[TensorFile], path: Path) -> None:
     """Concatenate files, bytes as they are, in a new file that is on the disk afterwards."""
     parts = list(parts)
-    merged: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    entries: dict[str, Any] = {}
     offset = 0
     for part in parts:
         for tensor, entry in part.entries.items():
-            merged[tensor] = {**entry, "data_offsets": [offset + place for place in entry["data_offsets"]]}
+            entries[tensor] = {**entry, "data_offsets": [offset + place for place in entry["data_offsets"]]}
         offset += part.stamp.size - part.start
-    head = json.dumps(merged, separators=(",", ":")).encode()
-    head += b" " * (-len(head) % 8)
-    with path.open("wb") as out:
-        out.write(len(head).to_bytes(8, "little") + head)
+    with _begun(path, entries) as out:
         for part in parts:
             with part.path.open("rb") as file:
                 file.seek(part.start)
                 shutil.copyfileobj(file, out, COPY)
+
+
+@contextmanager
+def _begun(path: Path, entries: dict[str, Any]) -> Iterator[BinaryIO]:
+    """A new file with this header, for its data to be written; on the disk when the block ends."""
+    head = json.dumps({"__metadata__": {"format": "pt"}, **entries}, separators=(",", ":")).encode()
+    head += b" " * (-len(head) % 8)
+    with path.open("wb") as out:
+        out.write(len(head).to_bytes(8, "little") + head)
+        yield out
         out.flush()
         os.fsync(out.fileno())
 

@@ -22,7 +22,7 @@ import torch
 from . import tensorfile as files
 from .errors import CheckpointError, UsageError
 from .journal import Journal, difference
-from .tensorfile import SafetensorError, TensorFile
+from .tensorfile import TensorFile
 
 SHARD_BYTES = 4 * 2**30
 NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK,
@@ -343,7 +343,7 @@ def _placed(out: Path) -> bool:
 def _writing(path: Path) -> Iterator[None]:
     try:
         yield
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         free = shutil.disk_usage(_nearest(path)).free
         raise CheckpointError(
             f"writing {path}: {error} ({free / 2**20:,.0f} MiB free); finished blocks are kept, make room or fix "
