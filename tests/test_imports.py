@@ -36,6 +36,7 @@ LEVELS = {
             "progress",
             "proof",
             "team",
+            "blockwise",
         ],
         3,
     ),

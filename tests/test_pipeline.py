@@ -9,8 +9,8 @@ from transformers import AutoModelForCausalLM
 
 import tiny
 import wellrounded as wr
+from wellrounded import blockwise
 from wellrounded import evaluation as evaluate
-from wellrounded import pipeline
 from wellrounded.calibration import gather
 from wellrounded.checkpoint import Reader
 from wellrounded.core.scheme import BITS
@@ -362,8 +362,8 @@ def test_an_interrupted_run_goes_on_and_ends_as_if_nothing_had_happened(
         tiny.quantize(llama, tmp_path / "out", progress=stop_after(blocks))
     assert not (tmp_path / "out").exists()
     solved = []
-    solve = pipeline.solve
-    monkeypatch.setattr(pipeline, "solve", lambda *args: solved.append(1) or solve(*args))
+    solve = blockwise.solve
+    monkeypatch.setattr(blockwise, "solve", lambda *args: solved.append(1) or solve(*args))
     report = tiny.quantize(llama, tmp_path / "out")
     assert len(solved) == (3 - blocks) * 4, "finished blocks are not solved again"
     assert weight_bytes(tmp_path / "out") == weight_bytes(quantized)

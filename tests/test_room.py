@@ -28,7 +28,7 @@ def run_in(room, source, out, settings=None, padded=False, **options) -> list[st
     said = []
     asked = Request(calibration=data(padded), samples=64, length=tiny.LENGTH, device="cpu", **options)
     run = asked.run(open_source(source, tiny.tokenizer()))
-    run.room = room
+    run.work.room = room
     writer = Writer(out, {})
     try:
         run.write(writer, lambda progress: said.append(progress.message))
@@ -136,7 +136,7 @@ def test_what_was_solved_before_memory_ran_out_is_not_solved_again(layer, llama,
         return original(names, *args)
 
     original = solving.solve
-    monkeypatch.setattr("wellrounded.pipeline.solve", scarce)
+    monkeypatch.setattr("wellrounded.blockwise.solve", scarce)
     said = run_in(Room(), llama, tmp_path / "out")
     assert failed and len(said) == 1 and solve is solving._solutions
     assert len(solved) == len(set(solved)) == 21, "every layer once"
@@ -154,7 +154,7 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory(llama, tmp_path, monkey
     def broken(*args):
         raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
 
-    monkeypatch.setattr("wellrounded.pipeline.solve", broken)
+    monkeypatch.setattr("wellrounded.blockwise.solve", broken)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
         run_in(Room(), llama, tmp_path / "out")
 
@@ -222,14 +222,14 @@ def test_what_is_free_chooses_the_room_and_warns_where_nothing_fits(llama, tmp_p
     asked = Request(calibration=tiny.ids(), samples=64, length=32, device="cpu")
     source = open_source(llama)
     roomy = asked.run(source)
-    assert roomy.room == Room() and roomy.caution == ""
+    assert roomy.work.room == Room() and roomy.caution == ""
     monkeypatch.setattr(request, "rss_bytes", lambda: 0)
     known = Forecaster(source, roomy.plan, roomy.walk.names, Workload(64, 8, 32), "cpu", 0)
     monkeypatch.setattr(request, "free_bytes", lambda device: known.peak(Room(waits=False)))
-    assert asked.run(open_source(llama)).room == Room(waits=False)
+    assert asked.run(open_source(llama)).work.room == Room(waits=False)
     monkeypatch.setattr(request, "free_bytes", lambda device: 2**20)
     poor = asked.run(open_source(llama))
-    assert poor.room == Room(32, waits=False, spills=True, maps=True)
+    assert poor.work.room == Room(32, waits=False, spills=True, maps=True)
     assert poor.caution.startswith("only 1 MiB of memory are free, and this run is likely to need ")
 
 
@@ -310,5 +310,5 @@ def test_a_gpus_memory_and_the_hosts_are_told_apart(llama):
 def test_a_continued_run_keeps_its_batches(llama, quantized, tmp_path):
     run = Request(calibration=tiny.ids(), samples=64, length=32, device="cpu").run(open_source(llama))
     assert run.settle({}) == "" and run.noted() == {"batch_tokens": 4096}
-    assert run.settle({"batch_tokens": 64}) == "" and run.room == replace(Room(), batch_tokens=64)
+    assert run.settle({"batch_tokens": 64}) == "" and run.work.room == replace(Room(), batch_tokens=64)
     assert run.settle({"batch_tokens": 128}).startswith("going on in batches of 64 tokens, not 128")

@@ -16,7 +16,7 @@ import torch.distributed as dist
 import tiny
 import wellrounded as wr
 from teams import child, ended, quantize, run, together
-from wellrounded import pipeline, team
+from wellrounded import blockwise, pipeline, team
 from wellrounded.checkpoint import Reader, Source, Writer
 from wellrounded.cli import main
 from wellrounded.errors import CheckpointError, NumericsError
@@ -42,7 +42,7 @@ def whole(model):
 
 def at_block(index, happens):
     """From here on, `happens()` when the second set of layers of block `index` has been solved."""
-    solve, seen = pipeline.Run._solve, []
+    solve, seen = blockwise.Blockwise.solve, []
 
     def wrapped(self, members):
         yield from solve(self, members)
@@ -51,7 +51,7 @@ def at_block(index, happens):
             seen.clear()
             happens()
 
-    pipeline.Run._solve = wrapped
+    blockwise.Blockwise.solve = wrapped
 
 
 def only(who, happens, index=2):
@@ -326,7 +326,7 @@ def test_torchrun_whose_process_is_killed_ends_with_a_sentence_and_goes_on(who, 
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": ENVIRONMENT}
     with subprocess.Popen(torchrun(size, *arguments, out), **pipes) as launcher:
         while not (tmp_path / "out.partial" / "model.layers.2.part").exists():
-            assert launcher.poll() is None, launcher.communicate()
+            assert launcher.poll() is None, "\n".join(launcher.communicate())
             time.sleep(0.005)
         workers = {rank_of(pid): pid for pid in children(launcher.pid)}
         os.kill(workers[who], signal.SIGKILL)

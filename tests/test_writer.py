@@ -132,7 +132,7 @@ def test_tensors_of_several_widths_are_aligned(tmp_path):
 
 
 def test_a_dtype_that_the_format_does_not_have_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="z: safetensors files hold no torch.complex128; convert"):
+    with pytest.raises(CheckpointError, match=r"z: safetensors files hold no torch\.complex128; convert"):
         tensorfile.write(tmp_path / "ours", {"z": torch.ones(2, dtype=torch.complex128)})
     assert not list(tmp_path.iterdir())
 

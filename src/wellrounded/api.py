@@ -103,7 +103,7 @@ def _lead(
         if said := run.settle(writer.run):
             log.say(said)
         writer.note_run(run.noted())
-        log.say(f"in memory: {run.room}")
+        log.say(f"in memory: {run.work.room}")
         report = log.done(run.write(writer, log.telling(progress)))
         with suppress(Lost):  # the result is there, whatever has become of the others
             team.agree(report)
@@ -120,13 +120,14 @@ def _follow(request: Request, source: Source, out: Path, team: Team) -> Report:
     run = request.run(source, team)
     team.meet()
     finished, complete = team.agree(({}, False))
-    if not complete:
-        store = Follower(out, finished)
-        try:
-            run.quantize(store)
-        finally:
-            store.leave()
-    return team.agree(run.report)
+    if complete:
+        return team.agree(run.report)
+    store = Follower(out, finished)
+    try:
+        run.quantize(store)
+        return team.agree(run.report)  # when the first one has finished
+    finally:
+        store.leave()
 
 
 def _opened(model: Any, tokenizer: Any, trust_remote_code: bool) -> Source:

@@ -79,7 +79,7 @@ class Request:
         length = calibration.windows.length if calibration else 1
         mine, theirs = (-(-len(all_) // team.size) for all_ in (windows, held))
         share = Workload(mine, theirs, length, padded, team.size)
-        run.room, run.caution = self._room(run, share)
+        run.work.room, run.caution = self._room(run, share)
         if team.size > 1:
             run.join(team)
         return run
