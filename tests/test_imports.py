@@ -33,6 +33,7 @@ LEVELS = {
             "ledger",
             "prediction",
             "rates",
+            "shapes",
             "progress",
             "proof",
             "team",

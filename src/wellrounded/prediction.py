@@ -18,12 +18,12 @@ from .errors import UsageError
 from .formats.gptq import layout
 from .memory import shown
 from .model import blocks as layers_of
-from .model.experts import Experts
 from .model.siblings import STACK_BYTES
 from .model.stream import LARGE
 from .plan import Plan
 from .progress import duration
 from .rates import Rates
+from .shapes import Block, Siblings, block_of, bytes_of
 
 OVERHEAD = 300 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
 CONTEXT = 600 * 2**20  # what a GPU's driver takes for a process
@@ -70,37 +70,6 @@ class Workload:
     def tokens(self) -> int:
         """Of the calibration windows, padding included."""
         return self.windows * self.length
-
-
-@dataclass(frozen=True)
-class Siblings:
-    """Layers with the same inputs, as far as shapes tell; `share` of the tokens reach each of the `experts`."""
-
-    inputs: int
-    outputs: int
-    weights: tuple[int, ...]
-    experts: int = 1
-    share: float = 1.0
-
-    @property
-    def width(self) -> float:
-        """Elements per token that these layers read."""
-        return self.inputs * self.share * self.experts
-
-
-@dataclass(frozen=True)
-class Block:
-    """One block: bytes in memory, sets of siblings to be solved, and widths in elements per token.
-
-    working  alive while a batch runs through it, besides its hidden state;  waiting  while it waits in it
-    active   weights that one token meets
-    """
-
-    bytes: int
-    sets: tuple[Siblings, ...]
-    working: int
-    waiting: int
-    active: int
 
 
 @dataclass(frozen=True)
@@ -152,9 +121,9 @@ class Forecaster:
         self.source, self.plan, self.work, self.device, self.base = source, plan, work, device, base
         model = source.model
         self.hidden = model.get_input_embeddings().weight.shape[-1] if _has_embeddings(model) else 0
-        self.blocks = [_block(name, model.get_submodule(name), plan, self.hidden, model) for name in names]
+        self.blocks = [block_of(name, model.get_submodule(name), plan, self.hidden, model) for name in names]
         inside = sum(block.bytes for block in self.blocks)
-        self.outside = max(0, _bytes(model) - inside)
+        self.outside = max(0, bytes_of(model) - inside)
         config = getattr(model, "config", None)
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocabulary = getattr(text, "vocab_size", 0) or 0
@@ -293,10 +262,6 @@ def _has_embeddings(model: nn.Module) -> bool:
     return getattr(model, "get_input_embeddings", lambda: None)() is not None
 
 
-def _bytes(module: nn.Module) -> int:
-    return sum(p.numel() * p.element_size() for p in module.parameters())
-
-
 def _product(shape: tuple[int, ...]) -> int:
     total = 1
     for size in shape:
@@ -314,55 +279,3 @@ def _at_once(one: Siblings) -> int:
     if one.experts == 1:
         return 1
     return max(1, min(one.experts, STACK_BYTES // (6 * 4 * one.inputs**2))) + 1
-
-
-def _block(name: str, block: nn.Module, plan: Plan, hidden: int, model: nn.Module) -> Block:
-    """Its layers by the module they are in: what they read and write is alive together."""
-    banks = {path: module for path, module in block.named_modules() if isinstance(module, Experts)}
-    parents: dict[str, list[Siblings]] = {}
-    planned: list[Siblings] = []
-    for path, layer in layers_of.linears(block).items():
-        outputs, inputs = layers_of.shape_of(layer)
-        owner = next((bank for bank in banks if path.startswith(f"{bank}.")), None)
-        experts = banks[owner].count if owner else 1
-        if owner and not path.startswith(f"{owner}.0."):
-            continue  # the experts are alike
-        share = min(1.0, _chosen(model, experts) / experts)
-        parent = owner or path.rpartition(".")[0]
-        mine = parents.setdefault(parent, [])
-        # An attention's last layer is as wide as its first ones, but reads something else.
-        reads_another = "att" in parent.lower() and len(mine) == 1 and len(mine[0].weights) >= 3
-        like = [] if reads_another else [n for n, one in enumerate(mine) if one.inputs == inputs]
-        if like:
-            old = mine[like[0]]
-            mine[like[0]] = replace(old, outputs=old.outputs + outputs, weights=(*old.weights, outputs))
-        else:
-            mine.append(Siblings(inputs, outputs, (outputs,), experts, share))
-        if f"{name}.{path}" in plan.schemes:
-            planned.append(Siblings(inputs, 0, (), experts))
-    working = max((_alive(mine) + 2 * mine[-1].width for mine in parents.values()), default=0)
-    waiting = max((_waiting(parent, mine) for parent, mine in parents.items()), default=0)
-    active = sum(s.inputs * s.outputs * s.share * s.experts for mine in parents.values() for s in mine)
-    widths = {one.inputs for one in planned}
-    sets = tuple(one for mine in parents.values() for one in mine if one.inputs in widths)
-    return Block(_bytes(block), sets, int(working) + 3 * hidden, int(waiting) + 2 * hidden, int(active))
-
-
-def _alive(mine: list[Siblings]) -> float:
-    return sum(one.outputs * one.share * one.experts for one in mine)
-
-
-def _waiting(parent: str, mine: list[Siblings]) -> float:
-    """An attention keeps what its first layers wrote while the last one is solved, an MLP only the product."""
-    first = sum(one.outputs for one in mine[:1]) if "att" in parent.lower() else 0
-    return first + mine[-1].width
-
-
-def _chosen(model: nn.Module, experts: int) -> int:
-    """To how many of its experts a token goes."""
-    config = getattr(model, "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_k", "top_k_experts"):
-        if isinstance(value := getattr(text, name, None), int):
-            return min(value, experts)
-    return experts
