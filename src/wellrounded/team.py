@@ -275,9 +275,11 @@ class Follower:
 
     def leave(self) -> None:
         """Nothing is left on a machine where the first process does not write."""
-        with suppress(OSError):  # it is not there, or not empty
-            self.scratch.rmdir()
-            self.scratch.parent.rmdir()
+        home = self.scratch.parent
+        with suppress(OSError):  # they are not there, or not empty
+            if not (home / "journal.jsonl").exists():  # else it is the first one's, who clears it away
+                self.scratch.rmdir()
+                home.rmdir()
 
 
 @contextmanager
