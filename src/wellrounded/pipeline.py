@@ -57,10 +57,9 @@ class Run:
         calibration: Calibration | None,
         settings: gptq.Settings,
         device: str = "cpu",
-        batch: int | None = None,
         lm_head: bool = False,
     ) -> None:
-        self.batch, self.caution = batch, ""  # what there is to be afraid of: see Request.run
+        self.caution = ""  # what there is to be afraid of: see Request.run
         self.device = device
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)
@@ -204,7 +203,7 @@ class Run:
         if self.calibration is None:
             return [], [], []
         windows, held = self.work.team.mine(self.calibration.windows), self.work.team.some(self.calibration.held_out)
-        batch = self.batch or max(1, self.work.room.batch_tokens // windows.length)
+        batch = max(1, self.work.room.batch_tokens // windows.length)
         with self.walk.outside():
             calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more, spill)]
             if not self.plan.head:

@@ -25,7 +25,7 @@ from .progress import duration
 from .rates import Rates
 from .shapes import Block, Siblings, block_of, bytes_of
 
-OVERHEAD = 300 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
+OVERHEAD = 340 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
 CONTEXT = 600 * 2**20  # what a GPU's driver takes for a process
 BATCH_TOKENS = 4096  # enough for matmuls at full speed
 

@@ -95,7 +95,7 @@ class Request:
 
     def _run(self, source: Source, calibration: data.Calibration | None) -> Run:
         recipe = self.recipe or self._recipe(source)
-        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.batch, self.lm_head)
+        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.lm_head)
 
     def _forecaster(self, run: Run, work: Workload) -> Forecaster:
         give_back()
