@@ -115,7 +115,7 @@ def test_a_layer_called_first_in_a_later_batch_still_counts_only_what_it_read():
     block = Sparse()
     positive, negative = torch.rand(2, 5, 8), -torch.rand(2, 5, 8)
     sets = observe(block, ["gate", "up"], runs(block, [positive, negative, negative]))
-    assert [(s.names, s.hessian.tokens) for s in sets] == [(["up"], 10), (["gate"], 20)]
+    assert [(s.names, s.hessian.tokens) for s in sets] == [(["gate"], 20), (["up"], 10)]
 
 
 def test_no_hook_and_no_input_is_kept_even_after_an_error():
@@ -215,6 +215,15 @@ def test_batches_that_take_different_ways_are_all_counted(known):
     names = list(linears(block))
     met = {s.names[0]: s.hessian.tokens for s in staged(block, names, known, runs(block, seen))}
     assert met == {"experts.0": 20, "experts.1": 20, "experts.2": 20, "last": 40}
+
+
+def test_what_a_later_batch_reaches_first_is_placed_where_it_is_called():
+    block, seen = Routed(), batches(3)
+    for batch, way in zip(seen, (0b0010, 0b0101, 0b1001)):
+        batch.view(-1)[0] = way
+    sets = observe(block, list(linears(block)), runs(block, seen))
+    assert [s.names for s in sets] == [["experts.0"], ["experts.1"], ["experts.2"], ["experts.3"], ["last"]]
+    assert [s.hessian.tokens for s in sets] == [20, 10, 10, 10, 30]
 
 
 def test_the_first_input_of_a_layer_that_is_called_twice_counts():

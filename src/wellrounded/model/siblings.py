@@ -225,29 +225,38 @@ def observe(
     """Run the block over all batches; the sets of siblings in call order, each with its Hessian if `weigh`.
 
     Siblings are found in the first batch in which a layer is called: inputs are compared by address, shape and stride
-    while a reference keeps them alive. A layer that is never called has no siblings and does not appear.
+    while a reference keeps them alive. A set that is found late comes behind what its batch has passed, and among its
+    like by the order of `names`. A layer that is never called has no siblings and does not appear.
     """
+    names = list(names)
+    rank = {name: number for number, name in enumerate(names)}
     found: dict[str, Siblings | Bank] = {}
     sets: list[Siblings | Bank] = []
     mask: torch.Tensor | None = None
+    at = 0  # behind the set that this batch has gone through last
 
     def called(place: Place, x: Any) -> None:
+        nonlocal at
         name = place.name
         if name not in found:
             match = None if place.experts else next((s for s in sets if isinstance(s, Siblings) and s.reads(x)), None)
             if match is None:
                 about = _about(block, name)
                 match = Bank(place.experts, *about) if place.experts else Siblings([], *about, _input=x)
-                sets.append(match)
+                while at < len(sets) and rank[sets[at].names[0]] < rank[name]:
+                    at += 1
+                sets.insert(at, match)
             if isinstance(match, Siblings):
                 match.names.append(name)
             found[name] = match
+        at = max(at, next(number for number, one in enumerate(sets) if one is found[name]) + 1)
         if weigh and found[name].names[0] == name:
             found[name].add(x, mask)
 
     try:
         with _told_of_calls(block, names, called):
             for run, mask in batches:  # noqa: B007  # `called` reads it
+                at = 0
                 with torch.no_grad():
                     run()
                 for siblings in sets:
