@@ -14,6 +14,7 @@ from .checkpoint import Source, Writer
 from .core.gptq import Settings
 from .core.recipe import Recipe
 from .errors import UsageError
+from .memory import shown
 from .pipeline import Progress
 from .prediction import Forecast
 from .report import Report
@@ -103,7 +104,7 @@ def _lead(
         if said := run.settle(writer.run):
             log.say(said)
         writer.note_run(run.noted())
-        log.say(f"in memory: {run.work.room}")
+        log.say(f"in memory: {run.work.room}; {shown(run.foretold_bytes)} foretold")
         report = log.done(run.write(writer, log.telling(progress)))
         with suppress(Lost):  # the result is there, whatever has become of the others
             team.agree(report)

@@ -59,7 +59,7 @@ class Run:
         device: str = "cpu",
         lm_head: bool = False,
     ) -> None:
-        self.caution = ""  # what there is to be afraid of: see Request.run
+        self.foretold_bytes, self.caution = 0, ""  # the peak of memory, and what to be afraid of: see Request.run
         self.device = device
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)

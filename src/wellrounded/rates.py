@@ -5,14 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from statistics import median
 
 import torch
 
 from .core import gptq, rtn
 from .core.hessian import Hessian
 from .core.scheme import Scheme
+from .formats.gptq import to_tensors
+from .model.siblings import Member
+from .solving import solve
 
-SHORT = 0.15  # seconds per measurement
+SHORT = 0.15  # seconds per measurement, at least
+FEW = 64  # tokens: what solving takes does not depend on them
 
 
 @dataclass(frozen=True)
@@ -50,11 +56,9 @@ def measure(device: str, settings: gptq.Settings) -> Rates:
     scheme = Scheme(4, 128)
     products = 2 * x.numel() * len(weight) / _seconds(lambda: torch.nn.functional.linear(x, weight), device)
     gram = len(x) * 1024**2 / _seconds(lambda: Hessian(1024, device).update(x), device)
-    narrow, wide = Hessian(256, device), Hessian(1024, device)
-    narrow.update(x[:, :256])
-    wide.update(x)
-    small = _seconds(lambda: gptq.solve(weight[:, :256], narrow, scheme, settings), device)
-    large = _seconds(lambda: gptq.solve(weight, wide, scheme, settings), device)
+    small, large = (
+        _seconds(partial(_solve, weight[:, :inputs], x[:, :inputs], scheme, settings), device) for inputs in (256, 1024)
+    )
     # Two equations: each is weights * (inputs * square + linear).
     per_small, per_large = small / (2048 * 256), large / (2048 * 1024)
     square = max((per_large - per_small) / 768, 1e-14)
@@ -65,15 +69,24 @@ def measure(device: str, settings: gptq.Settings) -> Rates:
     return Rates(products, gram, square, linear, 1 / gram / 3, rounding, comparing / 3)
 
 
+def _solve(weight: torch.Tensor, x: torch.Tensor, scheme: Scheme, settings: gptq.Settings) -> None:
+    """All that happens to a layer once its inputs are counted: solved, judged, put back and packed."""
+    hessian = Hessian(x.shape[1], x.device)
+    hessian.update(x[: 2 * FEW])
+    member = Member(["layer"], hessian, hessian.tokens)
+    for quantized, _ in solve([["layer"]], [[weight]], [member], scheme, settings, True):
+        quantized.dequantize(torch.bfloat16)
+        to_tensors(quantized, "gptq")
+
+
 def _seconds(work: Callable[[], object], device: str) -> float:
-    """The best of a few runs."""
-    best, ends = float("inf"), time.perf_counter() + SHORT
-    while True:
+    """The middle of a few runs, the first of which does not count."""
+    work()
+    taken: list[float] = []
+    while sum(taken) < SHORT or len(taken) < 3:
         started = time.perf_counter()
         work()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        now = time.perf_counter()
-        best = min(best, now - started)
-        if now > ends:
-            return best
+        taken.append(time.perf_counter() - started)
+    return median(taken)

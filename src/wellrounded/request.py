@@ -79,7 +79,7 @@ class Request:
         length = calibration.windows.length if calibration else 1
         mine, theirs = (-(-len(all_) // team.size) for all_ in (windows, held))
         share = Workload(mine, theirs, length, padded, team.size)
-        run.work.room, run.caution = self._room(run, share)
+        run.work.room, run.foretold_bytes, run.caution = self._room(run, share)
         if team.size > 1:
             run.join(team)
         return run
@@ -90,7 +90,7 @@ class Request:
         length = self.length or min(512, limit(source.model) or 512)
         refuse_longer(length, source.model)
         work = Workload(0, 0, 1) if self.calibration == NONE else Workload(self.samples, HELD_OUT, length)
-        room, _ = self._room(run, work)
+        room, _, _ = self._room(run, work)
         return self._forecaster(run, work).predict(room, rates.measure(run.device, self.settings))
 
     def _run(self, source: Source, calibration: data.Calibration | None) -> Run:
@@ -101,20 +101,29 @@ class Request:
         give_back()
         return Forecaster(run.source, run.plan, run.walk.names, work, run.device, rss_bytes())
 
-    def _room(self, run: Run, work: Workload) -> tuple[Room, str]:
-        """How much the run keeps in memory, and what to be afraid of: what was allowed binds, what is free warns."""
+    def _room(self, run: Run, work: Workload) -> tuple[Room, int, str]:
+        """How much the run keeps in memory, its peak in bytes, and what to be afraid of.
+
+        What was allowed binds; what is free only warns.
+        """
         forecaster = self._forecaster(run, work)
         if self.max_memory is not None:
-            return forecaster.room(int(self.max_memory), self.batch), ""
+            room = forecaster.room(int(self.max_memory), self.batch)
+            return room, forecaster.peak(room), ""
         free = free_bytes(run.device)
         if free is not None and run.device == "cpu":
             free //= neighbours()
         try:
-            return forecaster.room(free, self.batch), ""
+            room = forecaster.room(free, self.batch)
+            return room, forecaster.peak(room), ""
         except UsageError:
             room = list(rooms(self.batch * work.length if self.batch else BATCH_TOKENS, work.length))[-1]
-            needed = shown(forecaster.peak(room))
-            return room, f"only {shown(free or 0)} of memory are free, and this run is likely to need {needed}"
+            peak = forecaster.peak(room)
+            return (
+                room,
+                peak,
+                f"only {shown(free or 0)} of memory are free, and this run is likely to need {shown(peak)}",
+            )
 
     def _calibration(self, source: Source) -> data.Calibration:
         length = self.length or min(512, limit(source.model) or 512)
