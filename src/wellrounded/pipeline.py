@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,7 +23,7 @@ from .errors import OutOfMemory, UsageError
 from .formats import config as config_format
 from .formats import gptq as gptq_format
 from .ledger import Ledger
-from .memory import exhausted, give_back, peak_rss_bytes
+from .memory import exhausted, give_back, peak_rss_bytes, tidy
 from .model import blocks as layers_of
 from .model.experts import Experts
 from .model.siblings import Member
@@ -124,7 +125,8 @@ class Run:
         if self.work.room.maps and writer.scratch:
             self.work.team.square = mapped(writer.scratch)
         try:
-            self._quantize(writer, clock, spill)
+            with nullcontext() if self.work.room.waits else tidy():
+                self._quantize(writer, clock, spill)
         except (MemoryError, RuntimeError) as error:
             if not exhausted(error):
                 raise
