@@ -7,6 +7,7 @@ largest is its peak. Every number here is checked against runs in dev/LOG.md.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -120,7 +121,7 @@ class Forecaster:
     ) -> None:
         self.source, self.plan, self.work, self.device, self.base = source, plan, work, device, base
         model = source.model
-        self.hidden = model.get_input_embeddings().weight.shape[-1] if _has_embeddings(model) else 0
+        self.hidden = _width(model)
         self.blocks = [block_of(name, model.get_submodule(name), plan, self.hidden, model) for name in names]
         inside = sum(block.bytes for block in self.blocks)
         self.outside = max(0, bytes_of(model) - inside)
@@ -258,8 +259,11 @@ def _largest_share(outputs: tuple[int, ...], processes: int) -> int:
     return max(sum(outputs[rank::processes]) for rank in range(min(processes, len(outputs))))
 
 
-def _has_embeddings(model: nn.Module) -> bool:
-    return getattr(model, "get_input_embeddings", lambda: None)() is not None
+def _width(model: nn.Module) -> int:
+    """Elements of a hidden state, as wide as an embedding; 0 if the model has none that says so."""
+    with suppress(NotImplementedError, AttributeError):
+        return int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator,union-attr]
+    return 0
 
 
 def _product(shape: tuple[int, ...]) -> int:
