@@ -66,10 +66,10 @@ class Kept(Run):
 
     logits: list[torch.Tensor]
 
-    def _fidelity(self, dense, quantized, packed_head):
+    def _prove(self, dense, quantized, head):
         self.logits = [self.walk.logits(stream, batch) for stream in quantized for batch in range(len(stream.ids))]
         self.windows = [ids for stream in quantized for ids in stream.ids]
-        return super()._fidelity(dense, quantized, packed_head)
+        return super()._prove(dense, quantized, head)
 
 
 def check(kind: str) -> Row:

@@ -31,7 +31,7 @@ from .model.stream import SpillFile, Stream, mapped
 from .model.walk import BlockWalk
 from .plan import UNUSED, make_plan
 from .progress import Clock, Progress
-from .proof import fidelity
+from .proof import Head, fidelity
 from .report import LayerResult, Report
 from .solving import Solved
 from .team import Team
@@ -162,7 +162,10 @@ class Run:
             clock.passed(name, tokens, replayed, self.report)
         with self.walk.outside():
             head = (self.plan.head, self._quantize_head(writer, calibrating)) if self.plan.head else None
-            self.report.fidelity = fidelity(self.walk, dense, quantized, self.report.generates, self.work.team, head)
+            self.report.fidelity = self._prove(dense, quantized, head)
+
+    def _prove(self, dense: list[Stream], quantized: list[Stream], head: Head | None) -> dict[str, float | int] | None:
+        return fidelity(self.walk, dense, quantized, self.report.generates, self.work.team, head)
 
     def _write_block(self, name: str, solved: Iterable[Solved], writer: Store) -> None:
         tensors: dict[str, torch.Tensor] = {}
