@@ -96,4 +96,4 @@ def run(model, out, size=2, before=lambda rank: None, **options) -> list[Ended]:
 
 def use(room):
     """From here on, runs of this process keep that much in memory."""
-    Request._room = lambda self, run, work: (room, "")
+    Request._room = lambda self, run, work: (room, 0, "")
