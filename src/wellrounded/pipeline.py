@@ -60,7 +60,7 @@ class Run:
         device: str = "cpu",
         lm_head: bool = False,
     ) -> None:
-        self.foretold_bytes, self.caution = 0, ""  # the peak of memory, and what to be afraid of: see Request.run
+        self.foretold_bytes, self.tight, self.caution = 0, False, ""  # of memory: see Request.run
         self.device = device
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)
@@ -125,7 +125,7 @@ class Run:
         if self.work.room.maps and writer.scratch:
             self.work.team.square = mapped(writer.scratch)
         try:
-            with nullcontext() if self.work.room.waits else tidy():
+            with tidy() if self.tight else nullcontext():
                 self._quantize(writer, clock, spill)
         except (MemoryError, RuntimeError) as error:
             if not exhausted(error):

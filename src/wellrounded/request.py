@@ -106,24 +106,21 @@ class Request:
 
         What was allowed binds; what is free only warns.
         """
-        forecaster = self._forecaster(run, work)
-        if self.max_memory is not None:
-            room = forecaster.room(int(self.max_memory), self.batch)
-            return room, forecaster.peak(room), ""
-        free = free_bytes(run.device)
-        if free is not None and run.device == "cpu":
-            free //= neighbours()
+        forecaster, limit = self._forecaster(run, work), self.max_memory
+        if limit is None and (limit := free_bytes(run.device)) is not None and run.device == "cpu":
+            limit //= neighbours()
+        caution = ""
         try:
-            room = forecaster.room(free, self.batch)
-            return room, forecaster.peak(room), ""
+            room = forecaster.room(None if limit is None else int(limit), self.batch)
         except UsageError:
+            if self.max_memory is not None:
+                raise
             room = list(rooms(self.batch * work.length if self.batch else BATCH_TOKENS, work.length))[-1]
-            peak = forecaster.peak(room)
-            return (
-                room,
-                peak,
-                f"only {shown(free or 0)} of memory are free, and this run is likely to need {shown(peak)}",
-            )
+            needed = shown(forecaster.peak(room))
+            caution = f"only {shown(int(limit or 0))} of memory are free, and this run is likely to need {needed}"
+        peak = forecaster.peak(room)
+        run.tight = limit is not None and 2 * peak > int(limit)
+        return room, peak, caution
 
     def _calibration(self, source: Source) -> data.Calibration:
         length = self.length or min(512, limit(source.model) or 512)
