@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 
 import torch
 from torch import nn
@@ -46,6 +45,8 @@ class Blockwise:
 
     def __post_init__(self) -> None:
         self.walk.hessians = self.team
+        # Counted once, before the walk: blocks that share weights no longer do when they have been released.
+        self.parameters = sum(parameter.numel() for parameter in self.walk.model.parameters())
 
     def known(self, index: int, names: list[str], streams: list[Stream]) -> list[list[str]] | None:
         """Sets of siblings, None if they will be found while observing.
@@ -206,8 +207,3 @@ class Blockwise:
         layer = self.walk.model.get_submodule(name)
         dense = layers_of.oriented(layer, quantized.dequantize(layer.weight.dtype))
         layer.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
-
-    @cached_property
-    def parameters(self) -> int:
-        """Of the whole model."""
-        return sum(parameter.numel() for parameter in self.walk.model.parameters())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path, PureWindowsPath
@@ -15,7 +16,7 @@ from .errors import CheckpointError, UsageError
 from .tensorfile import TensorFile, read_header
 from .writer import Writer
 
-__all__ = ["WEIGHT_SUFFIXES", "Reader", "Source", "Writer", "inside", "read_header"]
+__all__ = ["WEIGHT_SUFFIXES", "Reader", "Source", "Writer", "indexed", "inside", "read_header"]
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx", ".npz")
 
@@ -88,14 +89,20 @@ class Reader:
         return {path.name: self.files[path].stamp.words() for path in sorted(self.files)}
 
 
+def indexed(index: Path) -> list[str]:
+    """The files that a shard index names. Raises CheckpointError if it is none."""
+    try:
+        names = sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
+        return [os.fspath(name) for name in names]  # a TypeError for what is no name
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
+
+
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.exists():
-        try:
-            names = sorted(set(json.loads(inside(directory, index).read_bytes())["weight_map"].values()))
-            missing = [name for name in names if not (directory / name).exists()]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
+        names = indexed(inside(directory, index))
+        missing = [name for name in names if not (directory / name).exists()]
         for name in names:
             inside(directory, directory / name)
         if missing:

@@ -65,7 +65,6 @@ class Run:
         self.source, self.recipe, self.calibration, self.settings = source, recipe, calibration, settings
         pictures = calibration is not None and bool(calibration.windows.more)
         self.walk = BlockWalk(source.model, source.read, device, towers=pictures)
-        self.parameters = sum(p.numel() for p in source.model.parameters())
         self.plan = make_plan(source.model, self.walk.names, recipe, lm_head)
         self.work = Blockwise(self.walk, self.plan, settings, calibration is not None)
         self.ledger = Ledger(source, self.plan, self.walk.names)
@@ -139,7 +138,7 @@ class Run:
             if spill is not None:
                 spill.close()
         self.report.calibration = self.calibration.to_dict() if self.calibration else None
-        self.report.parameters = self.parameters
+        self.report.parameters = self.work.parameters
         self.report.source_bytes, self.report.peak_rss_bytes = self.source.bytes, peak_rss_bytes()
         self.report.seconds = {"total": clock.seconds}
         return self.report
@@ -171,8 +170,7 @@ class Run:
         tensors: dict[str, torch.Tensor] = {}
         results: list[dict[str, Any]] = []
         for quantized, result in solved:
-            if result.name in self.owners.values():
-                self.shared[result.name] = quantized
+            self._share(result.name, quantized)
             tensors |= self.ledger.packed(result.name, quantized, self.version)
             results.append(asdict(result))
             self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
@@ -230,6 +228,10 @@ class Run:
                     self.plan.keep(f"{name}.{inside}", UNUSED, 0.0)
         return [inside for inside in mine if f"{name}.{inside}" not in self.owners]
 
+    def _share(self, name: str, quantized: QuantizedWeight) -> None:
+        if name in self.owners.values():
+            self.shared[name] = quantized
+
     def _replay(self, name: str, writer: Store) -> None:
         """Take a block that an earlier run finished from its part."""
         stored = self.work.team.tensors(lambda: writer.read_part(name))
@@ -242,8 +244,7 @@ class Run:
             scheme = self.plan.schemes[result.name]
             weight = gptq_format.from_tensors(tensors, scheme, inputs, outputs, self.version, prefix)
             self.work.place(result.name, weight)
-            if result.name in self.owners.values():
-                self.shared[result.name] = weight
+            self._share(result.name, weight)
             self.report.add(result, scheme.bits_per_weight(inputs))
         solved = {note["name"] for note in writer.finished[name]}
         solved |= self.owners.keys()

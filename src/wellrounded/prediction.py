@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from typing import Any
 
 from torch import nn
@@ -188,19 +189,23 @@ class Forecaster:
     def _packed(self, name: str) -> int:
         outputs, inputs = layers_of.shape_of(self.source.model.get_submodule(name))
         shapes = layout(self.plan.schemes[name], inputs, outputs).values()
-        return sum(_product(shape) * dtype.itemsize for shape, dtype in shapes)
+        return sum(prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
     def peak(self, room: Room) -> int:
         """The most bytes at once, of the GPU's memory where one computes."""
         return max(self.phases(room).values())
+
+    def choices(self, batch: int | None = None) -> list[Room]:
+        """From the fastest room to the most frugal, with `batch` windows per pass if somebody said how many."""
+        length = self.work.length
+        return list(rooms(batch * length if batch else BATCH_TOKENS, length))
 
     def room(self, limit: int | None, batch: int | None = None) -> Room:
         """The fastest room that fits into `limit` bytes, with `batch` windows per pass if somebody said how many.
 
         Raises UsageError naming the least that would do, if none does.
         """
-        length = self.work.length
-        choices = list(rooms(batch * length if batch else BATCH_TOKENS, length))
+        choices = self.choices(batch)
         for room in choices:
             if limit is None or self.peak(room) <= limit:
                 return room
@@ -264,13 +269,6 @@ def _width(model: nn.Module) -> int:
     with suppress(NotImplementedError, AttributeError):
         return int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator,union-attr]
     return 0
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    total = 1
-    for size in shape:
-        total *= size
-    return total
 
 
 def _square(one: Siblings, room: Room) -> int:

@@ -20,7 +20,7 @@ from .errors import UsageError
 from .memory import free_bytes, give_back, parse_size, rss_bytes, shown
 from .model import blocks as layers_of
 from .pipeline import Run
-from .prediction import BATCH_TOKENS, Forecast, Forecaster, Room, Workload, rooms
+from .prediction import Forecast, Forecaster, Room, Workload
 from .team import Team, neighbours
 
 NONE = "none"  # calibration="none": plain rounding, in seconds
@@ -87,8 +87,7 @@ class Request:
     def forecast(self, source: Source) -> Forecast:
         """What the run would take; no data is gathered, and no tensor of the source read."""
         run = self._run(source, None)
-        length = self.length or min(512, limit(source.model) or 512)
-        refuse_longer(length, source.model)
+        length = self._window(source)
         work = Workload(0, 0, 1) if self.calibration == NONE else Workload(self.samples, HELD_OUT, length)
         room, _, _ = self._room(run, work)
         return self._forecaster(run, work).predict(room, rates.measure(run.device, self.settings))
@@ -115,16 +114,21 @@ class Request:
         except UsageError:
             if self.max_memory is not None:
                 raise
-            room = list(rooms(self.batch * work.length if self.batch else BATCH_TOKENS, work.length))[-1]
+            room = forecaster.choices(self.batch)[-1]
             needed = shown(forecaster.peak(room))
             caution = f"only {shown(int(limit or 0))} of memory are free, and this run is likely to need {needed}"
         peak = forecaster.peak(room)
         run.tight = limit is not None and 2 * peak > int(limit)
         return room, peak, caution
 
-    def _calibration(self, source: Source) -> data.Calibration:
+    def _window(self, source: Source) -> int:
+        """Tokens per window. Raises UsageError if the model cannot read as many as were asked for."""
         length = self.length or min(512, limit(source.model) or 512)
         refuse_longer(length, source.model)
+        return length
+
+    def _calibration(self, source: Source) -> data.Calibration:
+        length = self._window(source)
         vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
         calibration = data.gather(
             self.calibration, source.tokenizer, self.samples, length, self.seed, HELD_OUT,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +10,7 @@ import torch
 from huggingface_hub import HfApi
 from huggingface_hub.errors import SafetensorsParsingError
 
-from ..checkpoint import WEIGHT_SUFFIXES, Reader, Source
+from ..checkpoint import WEIGHT_SUFFIXES, Reader, Source, indexed
 from ..errors import CheckpointError, UsageError
 from .source import delivered, download, from_directory, open_source
 
@@ -47,16 +46,8 @@ def _is_whole(directory: Path) -> bool:
     """Whether an earlier run has downloaded the weights already."""
     index = directory / INDEX
     if index.exists():
-        return all((directory / name).exists() for name in _indexed(index))
+        return all((directory / name).exists() for name in indexed(index))
     return any(directory.glob("*.safetensors"))
-
-
-def _indexed(index: Path) -> list[str]:
-    """The files that an index names. Raises CheckpointError if it is none."""
-    try:
-        return sorted(set(json.loads(index.read_bytes())["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: not a shard index ({error}); download the model again") from None
 
 
 class Headers(Reader):
@@ -91,7 +82,7 @@ class Headers(Reader):
     def _weight_files(self, listed: list[str]) -> list[str]:
         """Those files in a repository that `Reader` would take once they are here."""
         if INDEX in listed:
-            return _indexed(self.directory / INDEX)
+            return indexed(self.directory / INDEX)
         here = [file for file in listed if "/" not in file]
         files = [file for file in here if file == "model.safetensors"]
         files = files or sorted(file for file in here if file.endswith(".safetensors"))
