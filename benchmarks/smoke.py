@@ -45,19 +45,14 @@ def run(script: str, *arguments: str) -> None:
 def main() -> None:
     """All of them, in a scratch directory."""
     with tempfile.TemporaryDirectory() as scratch:
-        model = tiny_model(Path(scratch) / "model")
-        text = Path(scratch) / "text.txt"
-        text.write_text("\n".join(path.read_text() for path in sorted(HERE.glob("*.py"))))
-        small = ["--samples", "8", "--length", "64", "--windows", "2", "--eval-length", "64", "--group-size", "32"]
-        cases = "4asym,4sym-none"
-        run("accuracy.py", str(model), "--calibration", str(text), "--text", str(text), "--cases", cases, *small)
+        run("accuracy.py", "--smoke")  # without the peers: their environments are not CI's
         run("architectures.py", "llama", "mixtral", "xlm")  # green, green with experts, red with a reason
         for kind in ("llama", "moe"):
             written, out = Path(scratch) / kind, Path(scratch) / f"{kind}-out"
             run("large.py", "write", f"tiny-{kind}", str(written))
             run("large.py", "run", str(written), str(out), "--limit", "4GB", "--", "--samples", "8", "--length", "64")
         run("scale.py", "--models", "tiny")
-        run("peers_cpu.py", "run", "tiny", "--rounds", "1")  # without the peers: their environments are not CI's
+        run("peers_cpu.py", "run", "tiny", "--rounds", "1")  # the same
 
 
 if __name__ == "__main__":

@@ -102,11 +102,11 @@ def narrow(monkeypatch):
     def patch(windows: int, block: int = 1) -> list[int]:
         run, tried = BlockWalk._run, []
 
-        def scarce(walk, index, stream, batch):
+        def scarce(walk, index, stream, batch, **instead):
             if index == block and len(stream.ids[batch]) > windows:
                 tried.append(len(stream.ids[batch]))
                 raise RuntimeError(FULL)
-            return run(walk, index, stream, batch)
+            return run(walk, index, stream, batch, **instead)
 
         monkeypatch.setattr(BlockWalk, "_run", scarce)
         return tried

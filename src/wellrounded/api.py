@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from . import __version__, evaluation
 from . import calibration as data
+from .budget import Budget
 from .checkpoint import Source, Writer
+from .contest import Beaten, Contest, prepare
 from .core.gptq import Settings
 from .core.recipe import Recipe
 from .errors import UsageError
@@ -27,10 +30,13 @@ def quantize(
     model: Any,
     out: str | Path,
     *,
-    bits: int = 4,
+    bits: int | None = None,
     group_size: int | None = None,
     sym: bool = True,
     act_order: bool = False,
+    bpw: float | None = None,
+    size: int | str | None = None,
+    measurement: str | Path | None = None,
     calibration: Any = None,
     samples: int = 128,
     length: int | None = None,
@@ -39,6 +45,7 @@ def quantize(
     only: Sequence[str] = (),
     lm_head: bool = False,
     recipe: Recipe | None = None,
+    preset: str = "default",
     settings: Settings | None = None,
     tokenizer: Any = None,
     device: str = "auto",
@@ -51,7 +58,13 @@ def quantize(
     """Quantize `model` into the directory `out`, which is complete when this returns, and say how good the result is.
 
     model        a hub id, a directory, a .gguf file, or a transformers model in memory (left untouched)
+    bits         4 by default
     group_size   columns that share a scale; by default 128 if it divides every layer's inputs, else 64, else 32
+    bpw, size    instead of bits and group_size, how large the result may be: bits per weight of the quantized layers,
+                 scales and zeros included, or bytes (text like "4.2GB") of all files. Each layer gets what serves the
+                 model best, if that is better than one scheme for all: both are tried (docs/budget.md)
+    measurement  for these, the file with what each layer needs, read if it exists and else written; by default
+                 `out`.measurement.json
     calibration  a data set's name, a path, texts, chats, token ids, or several `wr.parse(...)`; by default text that
                  comes with Python; "none" rounds plainly, without data. Chats may hold pictures (docs/architectures.md)
     tokenizer    for a model in memory; or a processor, which chats with pictures need (a directory's own is found)
@@ -59,6 +72,8 @@ def quantize(
     ignore       regular expressions; a weight in whose name one is found stays dense
     only         regular expressions; a weight in whose name none is found stays dense
     lm_head      quantize the output head too; if it is tied to the embeddings, these stay as they are
+    preset       how much is done for accuracy: "fast", "default" or "best" (docs/accuracy.md)
+    settings     single steps, instead of a preset
     recipe       schemes layer by layer, instead of bits, group_size, sym, act_order, ignore and only
     max_memory   bytes, or text like "4GiB", that the run may use (of a GPU's memory, where one computes): it keeps less
                  in memory then, or refuses to start; by default what is free
@@ -69,10 +84,15 @@ def quantize(
     `out`.log tells what happened.
     """
     out = Path(out).expanduser()
+    budget = _budget(
+        bpw, size, measurement, bits=bits, group_size=group_size, recipe=recipe, asym=not sym or None,
+        act_order=act_order or None,
+    )  # fmt: skip
     request = Request(
-        bits=bits, group_size=group_size, sym=sym, act_order=act_order, calibration=calibration, samples=samples,
-        length=length, seed=seed, ignore=ignore, only=only, lm_head=lm_head, recipe=recipe,
-        settings=settings or Settings(), device=chosen_device(device), max_memory=max_memory,
+        bits=4 if bits is None else bits, group_size=group_size, sym=sym, act_order=act_order,
+        calibration=calibration, samples=samples, length=length, seed=seed, ignore=ignore, only=only,
+        lm_head=lm_head, recipe=recipe, preset=preset, settings=settings, device=chosen_device(device),
+        max_memory=max_memory,
     )  # fmt: skip
     with joined(request.device) as (team, own_device):
         team.first_does(lambda: _check(model, out, force))
@@ -81,15 +101,47 @@ def quantize(
             return _follow(request, _opened(model, tokenizer, trust_remote_code), out, team)
         asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
         with RunLog(out, asked) as log:
-            source = _opened(model, tokenizer, trust_remote_code)
-            return _lead(request, source, out, team, force, fresh, log, progress)
+            opened = partial(_opened, model, tokenizer, trust_remote_code)
+            if budget is None:
+                return _lead(request, opened(), out, team, force, fresh, log, progress)
+            if team.size > 1:
+                raise UsageError(f"{budget} were asked of {team.size} processes; choosing what a layer gets takes one")
+            contest = prepare(budget, request, opened, out, measurement, log.telling(progress))
+            return _compete(contest, opened, out, force, fresh, log, progress)
+
+
+def _budget(bpw: float | None, size: int | str | None, measurement: Any, **others: Any) -> Budget | None:
+    """What was asked for; None if it was not a budget. `others` are options that exclude one, None if not given."""
+    if bpw is None and size is None:
+        if measurement is not None:
+            raise UsageError(
+                f"measurement={str(measurement)!r} was asked for, which serves bpw or size; give one of them"
+            )
+        return None
+    budget = Budget(bpw, size)
+    if given := ", ".join(name for name, value in others.items() if value is not None):
+        raise UsageError(f"{budget} were asked for together with {given}, which the budget decides; leave one out")
+    return budget
+
+
+def _compete(
+    contest: Contest, opened: Callable[[], Source], out: Path, force: bool, fresh: bool, log: RunLog,
+    progress: Callable[[Progress], None],
+) -> Report:  # fmt: skip
+    """Write the mixture, or the uniform scheme if that turns out to be better."""
+    again = fresh or contest.discards(out)
+    try:
+        return _lead(contest.chosen.request, opened(), out, Team(), force, again, log, progress, contest.judge)
+    except Beaten as beaten:
+        log.say(str(beaten))
+    return _lead(contest.chosen.request, opened(), out, Team(), force, True, log, progress, contest.judge)
 
 
 def _lead(
     request: Request, source: Source, out: Path, team: Team, force: bool, fresh: bool, log: RunLog,
-    progress: Callable[[Progress], None],
+    progress: Callable[[Progress], None], judge: Callable[[Report], None] = lambda report: None,
 ) -> Report:  # fmt: skip
-    """The run, as the process that writes carries it out."""
+    """The run, as the process that writes carries it out, if `judge` has nothing against its result."""
     run = request.run(source, team)
     writer = team.first_does(lambda: Writer(out, run.request() | {"version": __version__}, force, fresh))
     assert writer is not None
@@ -105,7 +157,7 @@ def _lead(
             log.say(said)
         writer.note_run(run.noted())
         log.say(f"in memory: {run.work.room}; {shown(run.foretold_bytes)} foretold")
-        report = log.done(run.write(writer, log.telling(progress)))
+        report = log.done(run.write(writer, log.telling(progress), judge))
         with suppress(Lost):  # the result is there, whatever has become of the others
             team.agree(report)
         return report
@@ -198,7 +250,7 @@ def merge(
         return None
     source = merged.source()
     source.label = f"{Path(merged.base).name} with {Path(adapter).name}"
-    if not {"bits", "group_size", "sym", "act_order", "ignore", "only", "recipe"} & options.keys():
+    if not {"bits", "group_size", "sym", "act_order", "ignore", "only", "recipe", "bpw", "size"} & options.keys():
         options["recipe"] = merged.recipe
     return quantize(source, out, calibration=calibration, force=force, **options)
 

@@ -7,20 +7,20 @@ from __future__ import annotations
 
 import json
 import warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from .core.gptq import Settings
 from .errors import UsageError
 from .hf.gptq_config import asking
 from .hf.load import load, load_directory, resolve
 from .hf.quantizer import Quantizer
 from .hf.register import register
 from .hf.source import open_source, read_quantization
+from .presets import preset
 from .request import Request
 
 # Arguments that chose among AutoGPTQ's kernels or the ways it moved data; what they did is decided here otherwise.
@@ -76,7 +76,9 @@ class BaseQuantizeConfig:
             act_order=self.desc_act and not self.static_groups,
             calibration=examples,
             length=None,
-            settings=Settings(damping=self.damp_percent, true_sequential=self.true_sequential),
+            settings=replace(
+                preset("default").settings, damping=self.damp_percent, true_sequential=self.true_sequential
+            ),
             batch=batch_size,
             min_tokens=1,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
@@ -16,7 +17,9 @@ from .core.weight import QuantizedWeight
 from .errors import OutOfMemory
 from .memory import exhausted, give_back
 from .model import blocks as layers_of
-from .model.siblings import Bank, Member, Siblings, anew
+from .model.inputs import Bank, Member, Paired, Siblings
+from .model.originals import Twin
+from .model.siblings import anew
 from .model.stream import Stream
 from .model.walk import BlockWalk
 from .plan import UNUSED, Plan
@@ -65,8 +68,9 @@ class Blockwise:
         return merged(found)
 
     def quantize(
-        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock
-    ) -> Iterator[Solved]:
+        self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream], clock: Clock,
+        twin: Twin | None = None,
+    ) -> Iterator[Solved]:  # fmt: skip
         """Solve the named layers of block `index`, each put back into it; in the end the streams have left the block.
 
         When memory does not suffice, what is solved stays solved, and the rest goes on in less.
@@ -78,18 +82,35 @@ class Blockwise:
             left = [name for name in names if f"{block}.{name}" not in {*done, *self.plan.kept}]
             try:
                 known = self._complete(index, left, known, calibrating)
-                for members in self._observed(index, left, known, calibrating, alike):
+                for members in self._observed(index, left, known, calibrating, alike, twin):
                     for quantized, result in self.solve([member.within(block) for member in members]):
                         self.place(result.name, quantized)
                         done.add(result.name)
                         yield quantized, result
                     del members  # and their Hessian, before the next one is counted
+                if twin is not None:
+                    self.walk.advance(index, *(stream.original for stream in calibrating), block=twin.block)
                 return
             except (MemoryError, RuntimeError) as error:
                 if not exhausted(error):
                     raise
                 lack = str(error).splitlines()[0]
             self._economize(index, calibrating, clock, lack)  # here, where nothing holds on to the error
+
+    def twin(
+        self, index: int, known: list[list[str]] | None, streams: list[Stream], calibrating: list[Stream]
+    ) -> Twin | None:
+        """The block as it is in the original, where it is to be known what its layers read there.
+
+        Where no sets of layers are known there is nothing to compare set by set, and the originals go on at once.
+        """
+        originals = [stream.original for stream in calibrating if stream.original is not None]
+        if originals and known is not None:
+            weighs, tracks = self.settings.token_weights, self.settings.residual
+            writers = self.walk.writers(index, streams[0], known) if weighs or tracks else {}
+            return Twin(copy.deepcopy(self.walk.blocks[index]), writers, weighs, tracks)
+        self.walk.advance(index, *originals)
+        return None
 
     def _complete(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]
@@ -129,7 +150,7 @@ class Blockwise:
 
     def _observed(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream],
-        alike: dict[tuple[str, int], Hessian],
+        alike: dict[tuple[str, int], Hessian], twin: Twin | None = None,
     ) -> Iterator[list[Member]]:  # fmt: skip
         """What is to be solved next: siblings, or experts side by side.
 
@@ -139,7 +160,7 @@ class Blockwise:
         """
         unseen = dict.fromkeys(names)
         for stream in calibrating:
-            for siblings in self._sets(index, names, known, stream):
+            for siblings in self._sets(index, names, known, stream, twin):
                 yield from siblings.stacks()
                 for name in siblings.names:
                     unseen.pop(name, None)
@@ -164,17 +185,17 @@ class Blockwise:
         self.plan.keep(name, UNUSED, layer.weight.numel() / self.parameters)
 
     def _sets(
-        self, index: int, names: list[str], known: list[list[str]] | None, stream: Stream
+        self, index: int, names: list[str], known: list[list[str]] | None, stream: Stream, twin: Twin | None
     ) -> Iterable[Siblings | Bank]:
         if known is None:
             return self.walk.observe(index, stream, names)
         if self.uneven or not self.room.waits:
-            return self.walk.anew(index, stream, names, known)
-        sets = self.walk.staged(index, stream, names, known)
+            return self.walk.anew(index, stream, names, known, twin)
+        sets = self.walk.staged(index, stream, names, known, twin)
         if self.team.size == 1:
             return sets
-        block = self.walk.blocks[index]
-        return self.team.in_step(sets, known, lambda missing: next(anew(block, names, [missing], [], self.team)))
+        block, kind = self.walk.blocks[index], Paired if twin else Siblings
+        return self.team.in_step(sets, known, lambda missing: next(anew(block, names, [missing], [], self.team, kind)))
 
     def solve(self, members: list[Member]) -> Iterator[Solved]:
         """Quantize the layers of one set of siblings, or of experts side by side, those of one scheme together.

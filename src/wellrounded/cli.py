@@ -112,13 +112,23 @@ def _quantize(verbs: Any) -> None:
     _model(verb)
     verb.add_argument("-o", "--out", metavar="OUT", help="directory for the result")
     scheme = verb.add_argument_group("what is stored")
-    scheme.add_argument("--bits", type=int, default=4, help="2, 3, 4 or 8 (default: 4)")
+    scheme.add_argument("--bits", type=int, help="2, 3, 4 or 8 (default: 4)")
     scheme.add_argument(
         "--group-size",
         type=int,
         metavar="N",
         help="weights that share a scale, -1 for all of an output "
         "(default: the largest of 128, 64, 32 that divides every layer)",
+    )
+    budget = scheme.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--bpw", type=float, metavar="BITS", help="instead: layer by layer what is best at so many bits per weight"
+    )
+    budget.add_argument("--size", metavar="SIZE", help="instead: the same, for files of so many bytes, such as 4.2GB")
+    scheme.add_argument(
+        "--measurement",
+        metavar="FILE",
+        help="what --bpw and --size know of the layers, measured if FILE is not there (default: OUT.measurement.json)",
     )
     symmetry = scheme.add_mutually_exclusive_group()
     symmetry.add_argument("--sym", dest="sym", action="store_true", default=True, help="no zero points (default)")
@@ -141,6 +151,7 @@ def _quantize(verbs: Any) -> None:
     scheme.add_argument("--lm-head", action="store_true", help="quantize the output head too")
     _calibration(verb)
     run = verb.add_argument_group("the run")
+    run.add_argument("--preset", default="default", help="fast, default or best: how much is done for accuracy")
     run.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:1 (default: auto)")
     run.add_argument(
         "--max-memory",
@@ -193,6 +204,8 @@ def _eval(verbs: Any) -> None:
     verb.add_argument(
         "--windows", type=_positive, metavar="N", help="use the first N windows (default: all, 16 of builtin)"
     )
+    verb.add_argument("--tasks", metavar="NAME,...", help="instead: tasks of lm-eval, such as arc_easy,hellaswag")
+    verb.add_argument("--limit", type=_positive, metavar="N", help="with --tasks: the first N examples of each")
     verb.add_argument("--json", action="store_true", help="one JSON object on standard output")
 
 

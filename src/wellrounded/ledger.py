@@ -25,6 +25,7 @@ class Ledger:
     owners  planned layers that share their weight with one before them, and which: that one is solved, and stored
     parts   the stored tensors of every block, and of what is outside: each belongs to the first block that needs it
     outside the names of the parts with what is outside
+    stored  where a parameter of the model lies in the files, of those that one stored tensor alone is made for
 
     Raises CheckpointError for a planned layer under whose name no packed tensor would be found again.
     """
@@ -37,6 +38,8 @@ class Ledger:
             owner = next((b for b in blocks if any(name.startswith(f"{b}.") for name in made)), OUTSIDE)
             self.parts[owner].append(stored)
         self.outside = self._divided()
+        alone = ((made[0], stored) for stored, made in source.made.items() if len(made) == 1)
+        self.stored = {name: stored for name, stored in alone if name.removesuffix(".weight") not in plan.schemes}
         for name in plan.schemes:
             source.packed_name(name)
 

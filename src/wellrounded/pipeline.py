@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,15 +26,17 @@ from .ledger import Ledger
 from .memory import exhausted, give_back, peak_rss_bytes, tidy
 from .model import blocks as layers_of
 from .model.experts import Experts
-from .model.siblings import Member
+from .model.inputs import Member
 from .model.stream import SpillFile, Stream, mapped
 from .model.walk import BlockWalk
 from .plan import UNUSED, make_plan
 from .progress import Clock, Progress
-from .proof import Head, fidelity
+from .proof import Behind, fidelity
 from .report import LayerResult, Report
 from .solving import Solved
 from .team import Team
+from .training import Training
+from .tuning import Tuning
 
 
 class Store(Protocol):
@@ -42,10 +44,17 @@ class Store(Protocol):
 
     finished: dict[str, Any]
     scratch: Path | None  # a directory for what is needed during the run, if there is one
+    amended: Any  # notes on tensors that were replaced later, None if none were
 
     def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None: ...
 
     def read_part(self, part: str) -> dict[str, torch.Tensor]: ...
+
+    def state(self, name: str) -> Path: ...
+
+    def amend(self, tensors: dict[str, torch.Tensor], notes: Any) -> None: ...
+
+    def amendment(self) -> dict[str, torch.Tensor]: ...
 
 
 class Run:
@@ -59,6 +68,7 @@ class Run:
         settings: gptq.Settings,
         device: str = "cpu",
         lm_head: bool = False,
+        training: Training | None = None,
     ) -> None:
         self.foretold_bytes, self.tight, self.caution = 0, False, ""  # of memory: see Request.run
         self.device = device
@@ -71,6 +81,7 @@ class Run:
         self.owners = self.ledger.owners
         self.shared: dict[str, QuantizedWeight] = {}  # by name of its owner
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
+        self.tuning = Tuning(self.walk, self.ledger, self.version, training) if training and calibration else None
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
         self.report.expert_modules = [n for n, m in source.model.named_modules() if isinstance(m, Experts)]
         self.report.generates = getattr(source.model, "can_generate", lambda: True)()
@@ -96,6 +107,8 @@ class Run:
 
         Raises UsageError if they have read other data, or if the layers of a block are to be found while observing.
         """
+        if self.tuning is not None:
+            raise UsageError("training scales was asked of several processes; preset best takes one")
         if not self.settings.true_sequential:
             raise UsageError("true_sequential=False was asked of several processes, which must agree on sets of layers")
         if len({*team.all(self.calibration.digest if self.calibration else "")}) > 1:
@@ -104,10 +117,16 @@ class Run:
             raise UsageError("the processes of this run have opened different models; give them the same files")
         self.work.team = self.walk.hessians = team
 
-    def write(self, writer: Writer, tell: Callable[[Progress], None] = lambda progress: None) -> Report:
-        """Quantize into `writer` and finish it; the report of the finished checkpoint."""
+    def write(
+        self,
+        writer: Writer,
+        tell: Callable[[Progress], None] = lambda progress: None,
+        judge: Callable[[Report], None] = lambda report: None,
+    ) -> Report:
+        """Quantize into `writer` and finish it, unless `judge` raises; the report of the finished checkpoint."""
         started = time.perf_counter()
         self.quantize(writer, tell)
+        judge(self.report)
         self._finish(writer, started)
         return self.report
 
@@ -150,21 +169,60 @@ class Run:
         for index, name, block in self.walk:
             mine, replayed = self._mine(name, block), name in writer.finished
             known = None if replayed else self.work.known(index, mine, [*dense, *calibrating])
+            twin = self.work.twin(index, known, [*dense, *calibrating], calibrating)
             self.walk.advance(index, *dense)
+            self._inherit(name, block)
             if replayed:
                 self._replay(name, writer)
                 self.walk.advance(index, *calibrating)
             else:
-                self._write_block(name, self.work.quantize(index, mine, known, calibrating, clock), writer)
+                self._write_block(name, self.work.quantize(index, mine, known, calibrating, clock, twin), writer)
+                del twin
             self.walk.advance(index, *quantized)
             tokens = self.calibration.windows.tokens if self.calibration else 0
             clock.passed(name, tokens, replayed, self.report)
         with self.walk.outside():
-            head = (self.plan.head, self._quantize_head(writer, calibrating)) if self.plan.head else None
-            self.report.fidelity = self._prove(dense, quantized, head)
+            packed = self._quantize_head(writer, calibrating) if self.plan.head else None
+            behind = {f"{self.plan.head}.weight": packed} if packed is not None else {}
+            self.report.fidelity = self._prove(self._proving(dense), self._proving(quantized), behind)
+        if self.tuning is not None:
+            self._tune(writer, clock, calibrating[0], dense, behind)
 
-    def _prove(self, dense: list[Stream], quantized: list[Stream], head: Head | None) -> dict[str, float | int] | None:
-        return fidelity(self.walk, dense, quantized, self.report.generates, self.work.team, head)
+    def _prove(self, dense: list[Stream], quantized: list[Stream], behind: Behind) -> dict[str, float | int] | None:
+        return fidelity(self.walk, dense, quantized, self.report.generates, self.work.team, behind)
+
+    def _proving(self, streams: list[Stream]) -> list[Stream]:
+        """The held-out windows that prove the result: all but those that training chooses its best step by."""
+        if self.tuning is None:
+            return streams
+        return [stream.some(range(1, len(stream.ids), 2)) for stream in streams]
+
+    def _tune(self, writer: Store, clock: Clock, calibrating: Stream, dense: list[Stream], behind: Behind) -> None:
+        """Train scales and norms of what is written, amend that, and prove the result again."""
+        assert self.tuning is not None and calibrating.original is not None  # the teacher
+        if writer.amended is None:
+            quantized = {r.name: weight for part in writer.finished for weight, r in self._read(part, writer)}
+            choosing = [stream.some(range(0, len(stream.ids), 2)) for stream in dense]
+            tensors, notes = self.tuning.tune(
+                quantized, calibrating.original, next(iter(choosing), None), writer.state("training"), clock.say
+            )
+            writer.amend(tensors, notes | {"fidelity": self.report.fidelity})
+            del quantized
+        self.report.training = writer.amended
+        gains = self.tuning.gains(writer.amendment())
+        again = [self._held_out() for _ in dense]
+        for index, name, block in self.walk:
+            for weight, result in self._read(name, writer):
+                self.work.place(result.name, weight)
+            self._inherit(name, block)
+            for full in [full for full in gains if full.startswith(f"{name}.")]:
+                self.walk.model.get_parameter(full).copy_(gains.pop(full))
+            self.walk.advance(index, *again)
+        with self.walk.outside():
+            for full, gain in gains.items():
+                old = self.walk.model.get_parameter(full)
+                behind[full] = nn.Parameter(gain.to(old.device, old.dtype), requires_grad=False)
+            self.report.fidelity = self._prove(self._proving(dense), self._proving(again), behind)
 
     def _write_block(self, name: str, solved: Iterable[Solved], writer: Store) -> None:
         tensors: dict[str, torch.Tensor] = {}
@@ -211,22 +269,33 @@ class Run:
             calibrating = [self.walk.stream(windows.ids, windows.mask, batch, windows.more, spill)]
             if not self.plan.head:
                 calibrating[0].more = [{} for _ in calibrating[0].ids]  # pictures have done their part
+            if self.settings.paired or self.tuning:
+                calibrating[0].original = calibrating[0].twin()
             if not len(held):
                 return calibrating, [], []
-            # One window at a time: at the end each batch's logits exist twice, and a vocabulary is large.
-            both = (self.walk.stream(held.ids, held.mask, 1, held.more, spill) for _ in range(2))
+            both = (self._held_out(spill) for _ in range(2))
             return calibrating, *([stream] for stream in both)
 
+    def _held_out(self, spill: SpillFile | None = None) -> Stream:
+        """One window at a time: at the end each batch's logits exist twice, and a vocabulary is large."""
+        held = self.work.team.some(self.calibration.held_out)
+        return self.walk.stream(held.ids, held.mask, 1, held.more, spill)
+
     def _mine(self, name: str, block: nn.Module) -> list[str]:
-        """The layers of a block that are to be solved; what it shares with earlier blocks gets their weights."""
-        mine = [inside for inside in layers_of.linears(block) if f"{name}.{inside}" in self.plan.schemes]
-        for inside in mine:
-            if owner := self.owners.get(f"{name}.{inside}"):
+        """The layers of a block that are to be solved; what it shares with earlier blocks is solved there."""
+        return [inside for inside in self._planned(name, block) if f"{name}.{inside}" not in self.owners]
+
+    def _inherit(self, name: str, block: nn.Module) -> None:
+        """What a block shares with earlier ones gets their weights."""
+        for full in (f"{name}.{inside}" for inside in self._planned(name, block)):
+            if owner := self.owners.get(full):
                 if owner in self.plan.schemes:
-                    self.work.place(f"{name}.{inside}", self.shared[owner])
+                    self.work.place(full, self.shared[owner])
                 else:
-                    self.plan.keep(f"{name}.{inside}", UNUSED, 0.0)
-        return [inside for inside in mine if f"{name}.{inside}" not in self.owners]
+                    self.plan.keep(full, UNUSED, 0.0)
+
+    def _planned(self, name: str, block: nn.Module) -> list[str]:
+        return [inside for inside in layers_of.linears(block) if f"{name}.{inside}" in self.plan.schemes]
 
     def _share(self, name: str, quantized: QuantizedWeight) -> None:
         if name in self.owners.values():
@@ -234,22 +303,24 @@ class Run:
 
     def _replay(self, name: str, writer: Store) -> None:
         """Take a block that an earlier run finished from its part."""
-        stored = self.work.team.tensors(lambda: writer.read_part(name))
-        for note in writer.finished[name]:
-            result = LayerResult(**note)
-            layer = self.source.model.get_submodule(result.name)
-            outputs, inputs = layers_of.shape_of(layer)
-            prefix = self.source.packed_name(result.name)
-            tensors = {t.removeprefix(f"{prefix}."): v for t, v in stored.items() if t.startswith(f"{prefix}.")}
-            scheme = self.plan.schemes[result.name]
-            weight = gptq_format.from_tensors(tensors, scheme, inputs, outputs, self.version, prefix)
+        for weight, result in self._read(name, writer):
             self.work.place(result.name, weight)
             self._share(result.name, weight)
-            self.report.add(result, scheme.bits_per_weight(inputs))
+            self.report.add(result, weight.scheme.bits_per_weight(weight.shape[1]))
         solved = {note["name"] for note in writer.finished[name]}
         solved |= self.owners.keys()
         for full in [full for full in self.plan.schemes if full.startswith(f"{name}.") and full not in solved]:
             self.work.leave(full)
+
+    def _read(self, name: str, writer: Store) -> Iterator[Solved]:
+        """What a finished part has of quantized layers."""
+        stored = self.work.team.tensors(lambda: writer.read_part(name))
+        for note in writer.finished[name] or []:
+            result = LayerResult(**note)
+            outputs, inputs = layers_of.shape_of(self.source.model.get_submodule(result.name))
+            prefix, scheme = self.source.packed_name(result.name), self.plan.schemes[result.name]
+            tensors = {t.removeprefix(f"{prefix}."): v for t, v in stored.items() if t.startswith(f"{prefix}.")}
+            yield gptq_format.from_tensors(tensors, scheme, inputs, outputs, self.version, prefix), result
 
     def _finish(self, writer: Writer, started: float) -> None:
         self.report.out = str(writer.out)
@@ -273,6 +344,7 @@ class Run:
             "recipe": config_format.to_config(self.recipe, self.version),
             "lm_head": bool(self.plan.head),
             "settings": asdict(self.settings),
+            **({"training": asdict(self.tuning.training)} if self.tuning else {}),
             "calibration": self.calibration.digest if self.calibration else None,
         }
 

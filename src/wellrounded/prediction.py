@@ -20,7 +20,7 @@ from .errors import UsageError
 from .formats.gptq import layout
 from .memory import shown
 from .model import blocks as layers_of
-from .model.siblings import STACK_BYTES
+from .model.inputs import STACK_BYTES
 from .model.stream import LARGE
 from .plan import Plan
 from .progress import duration

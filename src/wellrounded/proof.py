@@ -12,11 +12,11 @@ from .model.stream import Stream
 from .model.walk import BlockWalk
 from .team import Team
 
-Head = tuple[str, nn.Parameter]  # the name of the output head, and the weight that it has once it is quantized
+Behind = dict[str, nn.Parameter]  # by name, what the quantized model has behind its blocks instead of the original's
 
 
 def fidelity(
-    walk: BlockWalk, dense: list[Stream], quantized: list[Stream], causal: bool, team: Team, head: Head | None = None
+    walk: BlockWalk, dense: list[Stream], quantized: list[Stream], causal: bool, team: Team, behind: Behind
 ) -> dict[str, float | int] | None:
     """How far the two streams of the same windows are apart that went through the blocks, and then the head.
 
@@ -27,7 +27,7 @@ def fidelity(
         for before, after in zip(dense, quantized):
             for batch, (ids, mask) in enumerate(zip(before.ids, before.masks)):
                 original, is_logits = walk.output(before, batch)
-                with _replaced(walk.model, head):
+                with _replaced(walk.model, behind):
                     other, _ = walk.output(after, batch)
                 kept = kept or measure(original, is_logits, causal)
                 kept.update(original, other, ids, mask)
@@ -38,13 +38,17 @@ def fidelity(
 
 
 @contextmanager
-def _replaced(model: nn.Module, head: Head | None) -> Iterator[None]:
-    if head is None:
-        yield
-        return
-    layer = model.get_submodule(head[0])
-    dense, layer.weight = layer.weight, head[1]
+def _replaced(model: nn.Module, behind: Behind) -> Iterator[None]:
+    kept = {name: model.get_parameter(name) for name in behind}
+    for name, parameter in behind.items():
+        _put(model, name, parameter)
     try:
         yield
     finally:
-        layer.weight = dense
+        for name, parameter in kept.items():
+            _put(model, name, parameter)
+
+
+def _put(model: nn.Module, name: str, parameter: nn.Parameter) -> None:
+    module, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(module), leaf, parameter)

@@ -14,7 +14,7 @@ from .core import gptq, rtn
 from .core.hessian import Hessian
 from .core.scheme import Scheme
 from .formats.gptq import to_tensors
-from .model.siblings import Member
+from .model.inputs import Member
 from .solving import solve
 
 SHORT = 0.15  # seconds per measurement, at least

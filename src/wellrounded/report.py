@@ -24,7 +24,9 @@ class LayerResult:
     """One linear layer: error_db is the output error relative to the output, 10 log10(|WX - QX|^2 / |WX|^2).
 
     rtn_error_db is what plain rounding, the same grid without data, would have given. Both are None where no
-    calibration token reached the layer. `fallback` says in a sentence why the layer was not solved as asked.
+    calibration token reached the layer. `fallback` says in a sentence why the layer was not solved as asked. `upstream`
+    and `residual` are the shares of the errors in what it reads, and in what its output is added to, that the layer
+    makes up for, which makes its own error larger.
     """
 
     name: str
@@ -35,6 +37,8 @@ class LayerResult:
     rtn_error_db: float | None
     damping: float | None
     fallback: str | None = None
+    upstream: float = 0.0
+    residual: float = 0.0
 
     @property
     def rounded(self) -> bool:
@@ -64,6 +68,8 @@ class Report:
     generates: bool = True  # whether the model continues a text
     expert_modules: list[str] = field(default_factory=list)
     tensors: dict[str, int] = field(default_factory=dict)  # of the source: what became of them
+    training: dict[str, Any] | None = None  # of scales and norms: steps, and what was seen on the way
+    budget: dict[str, Any] | None = None  # of bits: what was asked, tried and written, see contest.Contest
 
     def coverage(self) -> dict[str, float]:
         """Fractions of all parameters of the model that were solved, rounded plainly, and kept dense."""
@@ -166,6 +172,7 @@ class Report:
             "problems": self.problems(),
             "version": self.version,
             "generates": self.generates,
+            "budget": self.budget,
             "layers": [{**asdict(layer), "bits_per_weight": self._bits.get(layer.name)} for layer in self.layers],
         }
 
@@ -230,6 +237,7 @@ class Report:
                 )
             )
         rows += fidelity_rows(self.fidelity or {})
+        rows += budget_rows(self.budget or {})
         rows.append(
             ("time", f"{self.seconds.get('total', 0):.0f} s, peak memory {self.peak_rss_bytes / 2**30:.2f} GiB")
         )
@@ -261,6 +269,18 @@ def fidelity_rows(f: Mapping[str, float], digits: int = 2) -> list[tuple[str, st
     if "cosine_mean" in f:
         pooled = f"{f['cosine_mean']:.4f} mean, {f['cosine_worst']:.4f} worst of the windows"
         rows.append(("cosine", f"{pooled}, {f['cosine_tokens']:.4f} token by token"))
+    return rows
+
+
+def budget_rows(budget: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What was asked for, and how far from the original all that was tried turned out to be."""
+    if not budget:
+        return []
+    rows = [("bit budget", f"{budget['asked']}, of which {budget['used']} are used")]
+    for one in budget["tried"]:
+        far = "not compared" if one["distance"] is None else f"KL {one['distance']:.4f}"
+        written = " (written)" if one["scheme"] == budget["written"] else ""
+        rows.append(("tried", f"{one['scheme']}: {far}{written}"))
     return rows
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from .memory import free_bytes, give_back, parse_size, rss_bytes, shown
 from .model import blocks as layers_of
 from .pipeline import Run
 from .prediction import Forecast, Forecaster, Room, Workload
+from .presets import preset
 from .team import Team, neighbours
 
 NONE = "none"  # calibration="none": plain rounding, in seconds
@@ -32,6 +33,7 @@ HELD_OUT = 16  # windows to prove the result on, at most
 class Request:
     """The options of `wellrounded.quantize`, which explains them, and those that only transformers' GPTQConfig has:
 
+    settings    instead of those of the preset
     endings     of layers' names; every other linear layer stays dense
     batch       windows per forward pass; by default as many as keep the machine busy
     min_tokens  calibration data of fewer tokens is refused
@@ -53,13 +55,16 @@ class Request:
     lm_head: bool = False
     endings: Sequence[str] = ()
     recipe: Recipe | None = None
-    settings: Settings = field(default_factory=Settings)
+    preset: str = "default"
+    settings: Settings = None  # type: ignore[assignment]  # those of the preset
     device: str = "auto"
     batch: int | None = None
     min_tokens: int = data.ENOUGH
     max_memory: int | str | None = None
 
     def __post_init__(self) -> None:
+        if self.settings is None:
+            object.__setattr__(self, "settings", preset(self.preset).settings)
         if self.max_memory is not None:
             object.__setattr__(self, "max_memory", parse_size(self.max_memory))
         if self.recipe is None:  # a wrong value is said at once, before anything is read
@@ -94,7 +99,15 @@ class Request:
 
     def _run(self, source: Source, calibration: data.Calibration | None) -> Run:
         recipe = self.recipe or self._recipe(source)
-        return Run(source, recipe, calibration, self.settings, chosen_device(self.device), self.lm_head)
+        return Run(
+            source,
+            recipe,
+            calibration,
+            self.settings,
+            chosen_device(self.device),
+            self.lm_head,
+            preset(self.preset).training,
+        )
 
     def _forecaster(self, run: Run, work: Workload) -> Forecaster:
         give_back()

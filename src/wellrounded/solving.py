@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from math import log10
 
 import torch
 
-from .core import gptq, rtn
+from .core import choice, gptq, rtn
 from .core.factor import FactorError
 from .core.hessian import Hessian
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
 from .errors import NumericsError
-from .model.siblings import Member
+from .model.inputs import Member
 from .report import LayerResult
 
 ERROR_ROWS = 2048  # of a layer whose error is measured, evenly spaced: for more, it would cost as much as solving does
@@ -50,13 +52,17 @@ def solve(
     """
     rows = [len(weight) for weight in weights[0]]
     try:
-        solutions = _solutions(weights, [member.hessian for member in members], scheme, settings, calibrated)
-        for member, mine, layers, (solved, damping, fallback) in zip(members, weights, names, solutions):
+        solutions = _solutions(weights, members, scheme, settings, calibrated)
+        for member, mine, layers, (solved, chosen, fallback) in zip(members, weights, names, solutions):
             if member.filled and fallback is None:
                 fallback = f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
             for name, weight, piece in zip(layers, mine, solved.split(rows)):
                 errors = errors_db(weight, piece, member.hessian) if member.hessian is not None else (None, None)
-                yield piece, LayerResult(name, str(scheme), weight.numel(), member.tokens, *errors, damping, fallback)
+                about = (name, str(scheme), weight.numel(), member.tokens, *errors)
+                if chosen is None:
+                    yield piece, LayerResult(*about, None, fallback)
+                else:
+                    yield piece, LayerResult(*about, chosen.damping, fallback, chosen.upstream, chosen.residual)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(name for layers in names for name in layers)}: {error}") from None
 
@@ -87,31 +93,40 @@ def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
 
 
 def _solutions(
-    weights: list[list[torch.Tensor]],
-    hessians: list[Hessian | None],
-    scheme: Scheme,
-    settings: gptq.Settings,
-    calibrated: bool,
-) -> list[tuple[QuantizedWeight, float | None, str | None]]:
-    """For each member, its quantized form, the damping that was used, and why it is not what was asked for."""
-    known = [hessian for hessian in hessians if hessian is not None]
-    if len(known) < len(hessians):  # no token reached any of them
+    weights: list[list[torch.Tensor]], members: list[Member], scheme: Scheme, settings: gptq.Settings, calibrated: bool
+) -> list[tuple[QuantizedWeight, choice.Choice | None, str | None]]:
+    """For each member, its quantized form, what was chosen, None if it was rounded plainly, and why it differs."""
+    known = [member.hessian for member in members if member.hessian is not None]
+    if len(known) < len(members):  # no token reached any of them
         why = "no calibration token reached this layer" if calibrated else None
         return [(_rounded(mine, None, scheme), None, why) for mine in weights]
+    rows, (moments, held) = sum(len(weight) for weight in weights[0]), (members[0].moments, members[0].held_out)
+    chosen, aim = choice.Choice(settings.damping), None
+    if moments is not None and held is not None:
+        every = slice(None, None, -(-rows // choice.ROWS))
+        some = torch.cat([weight[every].detach().float() for weight in weights[0]])
+        chosen = choice.choose(some, moments, held, every, scheme, settings)
+        settings = replace(settings, damping=chosen.damping)
     prepared = gptq.prepare(known, scheme, settings)
-    quantized = prepared.solve(
-        sum(len(weight) for weight in weights[0]), lambda some: _stacked([_rows(mine, some) for mine in weights])
-    )
+    if moments is not None and not isinstance(prepared.factors.damping[0], FactorError):
+        aim = partial(choice.target, moments=moments, prepared=prepared, choice=chosen)
+    quantized = prepared.solve(rows, partial(_taken, weights, aim))
     dampings = prepared.factors.damping
-    del prepared  # and with it the factors, which are large
-    found: list[tuple[QuantizedWeight, float | None, str | None]] = []
+    del prepared, aim  # and with them the factors, which are large
+    found: list[tuple[QuantizedWeight, choice.Choice | None, str | None]] = []
     for mine, hessian, solved, damping in zip(weights, known, quantized, dampings):
         if isinstance(damping, FactorError):
             found.append((_rounded(mine, hessian, scheme), None, f"plain rounding: {damping}"))
             continue
         why = f"damping raised from {settings.damping:g} to {damping:g}" if damping > settings.damping else None
-        found.append((solved, damping, why))
+        found.append((solved, replace(chosen, damping=damping), why))
     return found
+
+
+def _taken(weights: list[list[torch.Tensor]], aim: Callable[..., torch.Tensor] | None, some: slice) -> torch.Tensor:
+    """[members, some, in]: rows of what is to be rounded: the weights, or what `aim` makes of those of one member."""
+    mine = _stacked([_rows(one, some) for one in weights])
+    return mine if aim is None else aim(mine[0].detach().float(), rows=some).unsqueeze(0)
 
 
 def _rounded(weights: list[torch.Tensor], hessian: Hessian | None, scheme: Scheme) -> QuantizedWeight:

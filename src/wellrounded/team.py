@@ -20,11 +20,12 @@ import torch
 import torch.distributed as dist
 
 from .core.hessian import Hessian
+from .core.moments import Moments
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
 from .errors import UsageError, WellRoundedError
 from .memory import exhausted
-from .model.siblings import Bank, Hessians, Member, Siblings
+from .model.inputs import Bank, Hessians, Member, Siblings
 from .solving import Solved
 
 T = TypeVar("T")
@@ -95,6 +96,16 @@ class Team(Hessians):
         with self._together():
             hessian.sum_over(dist.all_reduce)
         return hessian if hessian.tokens else None
+
+    def whole_moments(self, moments: Moments | None, size: int, device: torch.device, outputs: int) -> Moments | None:
+        """The same of moments, with those of a residual of so many features."""
+        if self.size == 1:
+            return moments
+        moments = moments if moments is not None else self.moments(size, device)
+        self.meet()
+        with self._together():
+            moments.sum_over(dist.all_reduce, outputs)
+        return moments if moments.tokens else None
 
     def share(self, tensors: Sequence[torch.Tensor], owner: int) -> None:
         """Fill the contiguous tensors, of equal shapes and dtypes everywhere, with what the owner has in them."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -172,6 +172,25 @@ def write(path: Path, tensors: dict[str, torch.Tensor]) -> None:
             values = tensors[name].detach().cpu().contiguous().reshape(-1)
             if values.numel():
                 out.write(memoryview(values.view(torch.uint8).numpy().data))
+
+
+def overwrite(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give those of a file's tensors that are among `tensors` other values, in place, and on the disk afterwards.
+
+    Raises CheckpointError for one of another shape or dtype, before anything is written.
+    """
+    entries, start = read_header(path)
+    for name in entries.keys() & tensors.keys():
+        new = (NAMES[tensors[name].dtype], list(tensors[name].shape))
+        if new != (entries[name]["dtype"], entries[name]["shape"]):
+            raise CheckpointError(f"{path}: {name} is {entries[name]['dtype']} {entries[name]['shape']}, not {new}")
+    with path.open("rb+", buffering=0) as out:
+        for name in sorted(entries.keys() & tensors.keys()):
+            out.seek(start + entries[name]["data_offsets"][0])
+            left = memoryview(tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            while left:
+                left = left[out.write(left) :]
+        os.fsync(out.fileno())
 
 
 def join(parts: Iterable[TensorFile], path: Path) -> None:

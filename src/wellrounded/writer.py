@@ -25,6 +25,7 @@ from .journal import Journal, difference
 from .tensorfile import TensorFile
 
 SHARD_BYTES = 4 * 2**30
+AMENDMENT = "amendment.part"
 NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK,
             errno.EINVAL}  # fmt: skip
 
@@ -36,6 +37,7 @@ class Writer:
     request   what the run was asked for; a partial directory left by a different request is not continued
     finished  the parts that are there already, and what the run noted when it wrote them
     run       what else the run wanted to be told when it goes on; it may differ from request to request
+    amended   what was noted when tensors of finished parts were replaced (see amend), None if none were
     complete  an earlier run had put the result in its place already, and was stopped tidying up: nothing is to be done
     scratch   a directory for the run's temporary files, to be made when needed; it goes when the run ends or starts
 
@@ -48,6 +50,7 @@ class Writer:
     fresh: bool = False
     finished: dict[str, Any] = field(default_factory=dict)
     run: dict[str, Any] = field(default_factory=dict)
+    amended: Any = None
     complete: bool = False
 
     def __post_init__(self) -> None:
@@ -56,6 +59,7 @@ class Writer:
         self._files: dict[str, TensorFile] = {}  # by part, in order: where it is now
         self._names: dict[str, list[str]] = {}  # by part that is in a shard: its tensors
         self._shards: list[Path] = []
+        self._amendment: TensorFile | None = None
         self._finishing = False
         self.check(self.out, self.force)
         journal = self.partial / "journal.jsonl"
@@ -152,7 +156,13 @@ class Writer:
                 at |= dict.fromkeys(line["parts"], self._shards[-1])
             elif "run" in line:
                 self.run = line["run"]
-        self._clear({*at.values(), self.replaced, *([self.ready] if finishing else [])})
+            elif "amended" in line:
+                self.amended = line["amended"]
+        states = self.partial.glob("*.state")
+        also = [self.partial / AMENDMENT] if self.amended is not None else []
+        self._clear({*at.values(), self.replaced, *states, *also, *([self.ready] if finishing else [])})
+        for path in also:
+            self._amendment = TensorFile(path)
         opened: dict[Path, TensorFile] = {}
         for part, path in at.items():
             try:
@@ -231,8 +241,35 @@ class Writer:
 
     def read_part(self, part: str) -> dict[str, torch.Tensor]:
         """The tensors of a finished part."""
-        file = self._files[part]
-        return {name: file.read(name) for name in self._names.get(part, file.entries)}
+        file, newer = self._files[part], self._amendment
+        names = self._names.get(part, file.entries)
+        return {n: (newer if newer is not None and n in newer.entries else file).read(n) for n in names}
+
+    def state(self, name: str) -> Path:
+        """A file in which a step keeps what it needs to go on; it goes when the run has finished or starts over."""
+        return self.partial / f"{name}.state"
+
+    def amend(self, tensors: dict[str, torch.Tensor], notes: Any) -> None:
+        """Replace tensors of finished parts by others of the same shapes and dtypes: all of them, or none.
+
+        They lie in a file of their own until the result is finished. `notes`, not None, come back on resuming.
+        """
+        path = self.partial / AMENDMENT
+        with _writing(path):
+            self._put(path, lambda place: files.write(place, tensors))
+            self._note(amended=notes)
+            self.amended, self._amendment = notes, TensorFile(path)
+
+    def amendment(self) -> dict[str, torch.Tensor]:
+        """What was amended."""
+        newer = self._amendment
+        return {} if newer is None else {name: newer.read(name) for name in newer.entries}
+
+    def _apply(self) -> None:
+        """Write what was amended into the shards; whoever is stopped here does it again."""
+        if newer := self.amendment():
+            for shard in self._shards:
+                files.overwrite(shard, newer)
 
     def _roll(self, last: bool = False) -> None:
         """Join what fills a shard. Where shards end depends on nothing but the parts' sizes and their order."""
@@ -274,6 +311,7 @@ class Writer:
             files.remove(self.scratch)
             if not self._finishing:
                 self._roll(last=True)
+                self._apply()
                 files.remove(self.ready)
                 self.ready.mkdir()
                 self._place_shards()
@@ -314,6 +352,15 @@ class Writer:
             raise
         files.sync(self.out.parent)
         files.sync(self.partial)
+
+
+def unfinished(out: Path) -> dict[str, Any]:
+    """The request of a run that was to write `out` and has been stopped; {} if there is none."""
+    try:
+        first = (_partial(out) / "journal.jsonl").read_bytes().partition(b"\n")[0]
+        return dict(json.loads(first)["request"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
 
 
 def _link(file: Path, place: Path) -> None:

@@ -14,7 +14,7 @@ from wellrounded.core import gptq, rtn
 from wellrounded.core.factor import FactorError, factor_hessians, factor_stacked
 from wellrounded.core.hessian import Hessian
 from wellrounded.core.scheme import Scheme
-from wellrounded.model.siblings import Member
+from wellrounded.model.inputs import Member
 
 from . import twin
 from .test_gptq import COLUMNS, PLAIN, hessian_of, inputs, lowered, weights

@@ -9,10 +9,11 @@ from torch import nn
 import tiny
 import tiny_configs
 from wellrounded.core.hessian import Hessian
-from wellrounded.model import siblings
+from wellrounded.model import inputs
+from wellrounded.model.inputs import Bank
 from wellrounded.model.blocks import linears
 from wellrounded.model.experts import Experts, fused_experts, take_apart
-from wellrounded.model.siblings import Bank, anew, observe, staged
+from wellrounded.model.siblings import anew, observe, staged
 from wellrounded.model.walk import BlockWalk
 from wellrounded.model.weights import meta_copy
 
@@ -279,7 +280,7 @@ def test_a_stack_holds_as_many_experts_as_there_is_room_for_and_all_see_the_same
 
     whole = found()
     assert [[len(stack) for stack in one] for one in whole] == [[1], [4], [4], [1]]
-    monkeypatch.setattr(siblings, "STACK_BYTES", room * 6 * 4 * 8**2)  # of the first bank; the second is narrower
+    monkeypatch.setattr(inputs, "STACK_BYTES", room * 6 * 4 * 8**2)  # of the first bank; the second is narrower
     pieces = found()
     sizes = {1: [[1], [1, 1, 1, 1], [1, 1, 1, 1], [1]], 3: [[1], [3, 1], [4], [1]]}
     assert [[len(stack) for stack in one] for one in pieces] == sizes[room]

@@ -1,4 +1,4 @@
-"""wellrounded eval MODEL [--against ORIGINAL]"""
+"""wellrounded eval MODEL [--against ORIGINAL] [--tasks NAME,...]"""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ..errors import UsageError
 from ..report import fidelity_rows
+from . import tasks
 from .terminal import print_json, print_table, progress
 
 BUILTIN_WINDOWS = 16
@@ -20,6 +21,10 @@ def run(args: argparse.Namespace) -> int:
     from ..hf.quiet import quiet
 
     quiet()
+    if args.tasks is not None:
+        return tasks.run(args)
+    if args.limit:
+        raise UsageError("--limit was asked for without --tasks, whose examples it counts; --windows limits a text")
 
     text = "".join(_read(name) for name in args.text) if args.text else builtin.proof_text()
     windows = args.windows if args.text or args.windows else BUILTIN_WINDOWS

@@ -21,7 +21,7 @@ def run(args: argparse.Namespace) -> int:
 
     quiet()
     options = {
-        "bits": args.bits,
+        **({} if args.bits is None else {"bits": args.bits}),
         "group_size": args.group_size,
         "sym": args.sym,
         "act_order": args.act_order,
@@ -32,12 +32,18 @@ def run(args: argparse.Namespace) -> int:
         "ignore": args.ignore,
         "only": args.only,
         "lm_head": args.lm_head,
+        "preset": args.preset,
         "device": args.device,
         "max_memory": args.max_memory,
     }
     if args.dry_run and not speaks():
         return 0
     if args.dry_run:
+        if args.bpw is not None or args.size is not None:
+            raise UsageError(
+                "--dry-run cannot foretell a mixture that is yet to be found; it can for --bits 4, which needs as much "
+                "memory, and about a third of the time"
+            )
         found = forecast(args.model, trust_remote_code=args.trust_remote_code, **options)
         if args.json:
             print_json(found.to_dict())
@@ -52,6 +58,9 @@ def run(args: argparse.Namespace) -> int:
             args.out,
             force=args.force,
             fresh=args.fresh,
+            bpw=args.bpw,
+            size=args.size,
+            measurement=args.measurement,
             trust_remote_code=args.trust_remote_code,
             progress=bar.tell,
             **options,

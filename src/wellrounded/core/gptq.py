@@ -42,6 +42,11 @@ class Settings:
     order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
     refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
+    dampings      if there are any: tried instead of `damping`, the one chosen per set of siblings on held-out tokens
+    upstream      whether a layer makes up for the errors in what it reads, as far as held-out tokens bear that out; all
+                  that needs the original beside the quantized model takes a second stream of activations
+    residual      whether a layer that writes to the residual stream makes up for the errors in that (see core.choice)
+    token_weights whether in such a layer tokens count 1 / mean(r^2) of the residual r
     true_sequential  layers of a block see the error of those rounded before them, and a block runs once; without it
                   it runs twice, but keeps nothing in between (the pipeline's business)
     """
@@ -51,6 +56,10 @@ class Settings:
     order: str = "importance"
     candidates: int = 32
     refit_sweeps: int = 1
+    dampings: tuple[float, ...] = ()
+    upstream: bool = False
+    residual: bool = False
+    token_weights: bool = False
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
@@ -58,6 +67,11 @@ class Settings:
             raise UsageError(f"{self}: damping and refit_sweeps start at 0, panel and candidates at 1")
         if self.order not in ORDERS:
             raise UsageError(f"order={self.order!r} was asked for; use one of {', '.join(ORDERS)}")
+
+    @property
+    def paired(self) -> bool:
+        """Whether it must be known what layers read in the original model."""
+        return self.upstream or self.residual or self.token_weights or bool(self.dampings)
 
 
 def solve(

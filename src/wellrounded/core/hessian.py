@@ -60,20 +60,19 @@ class Hessian:
     def add_rows(self, rows: torch.Tensor) -> None:
         """The definition of `update`, for every device and dtype: rows [tokens, size], tile by tile."""
         self._symmetric = False
-        exact_in_bf16 = rows.dtype == torch.bfloat16
-        rows = rows.float()
-        with _bf16_products(exact_in_bf16 and rows.device.type == "cpu"):
+        with exact_products(rows):
+            rows = rows.float()
             for i in range(0, self.size, TILE):
                 left = rows[:, i : i + TILE].T
                 for j in range(i, self.size, TILE):
                     self._upper[i : i + TILE, j : j + TILE].addmm_(left, rows[:, j : j + TILE])
 
-    def merge(self, other: Hessian) -> None:
-        """Add what another Hessian of the same size has seen (another device, another rank)."""
+    def merge(self, other: Hessian, sign: int = 1) -> None:
+        """Add what another Hessian of the same size has seen (another device, another rank), or take it away again."""
         for mine, theirs in zip(_upper_rows(self._upper), _upper_rows(other._upper)):
-            mine += theirs.to(mine.device)
+            mine.add_(theirs.to(mine.device), alpha=sign)
         self._symmetric = False
-        self.tokens += other.tokens
+        self.tokens += sign * other.tokens
 
     def sum_over(self, all_reduce: Callable[[torch.Tensor], Any]) -> None:
         """Make it the sum of those that several processes have; `all_reduce` does so in place, for one tensor."""
@@ -140,13 +139,14 @@ def _finite(moment: torch.Tensor) -> torch.Tensor:
 
 
 @contextmanager
-def _bf16_products(enabled: bool) -> Iterator[None]:
-    """Let oneDNN multiply float32 matrices through bfloat16, accumulating in float32.
+def exact_products(rows: torch.Tensor) -> Iterator[None]:
+    """While it lasts, oneDNN multiplies float32 matrices through bfloat16, accumulating in float32, if `rows` are that.
 
     Exact for values that are bfloat16 already, and twice as fast. The setting is torch's own and is put back.
     """
     backend = getattr(torch.backends.mkldnn, "matmul", None)
-    if not enabled or backend is None or not hasattr(backend, "fp32_precision"):
+    exact = rows.dtype == torch.bfloat16 and rows.device.type == "cpu"
+    if not exact or backend is None or not hasattr(backend, "fp32_precision"):
         yield
         return
     before = backend.fp32_precision

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 import warnings
+from dataclasses import replace
 from functools import wraps
 from typing import Any
 
 import transformers
 
 from .. import kernels
-from ..core.gptq import Settings
 from ..errors import UsageError
+from ..presets import preset
 from ..request import NONE, Request
 
 LISTS = "modules_in_block_to_quantize"
@@ -150,7 +151,7 @@ def request_of(config: transformers.GPTQConfig) -> Request:
     def wish(name: str, default: Any) -> Any:
         return default if given.get(name) is None else given[name]
 
-    usual_settings = Settings()
+    usual_settings = preset("default").settings
     return Request(
         bits=config.bits,
         group_size=wish("group_size", None),
@@ -159,7 +160,8 @@ def request_of(config: transformers.GPTQConfig) -> Request:
         calibration=_calibration(config.dataset),
         length=wish("model_seqlen", None),
         endings=_flat(config.modules_in_block_to_quantize),
-        settings=Settings(
+        settings=replace(
+            usual_settings,
             damping=wish("damp_percent", usual_settings.damping),
             true_sequential=wish("true_sequential", usual_settings.true_sequential),
         ),

@@ -24,6 +24,11 @@ def hidden_of(args: tuple, kwargs: dict[str, Any]) -> torch.Tensor:
     return kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
 
 
+def hidden_of_output(output: Any) -> torch.Tensor:
+    """The hidden state that a block returns."""
+    return output[0] if isinstance(output, (tuple, list)) else output
+
+
 def replaced(value: Any, new: Callable[[Any], Any]) -> Any:
     """The same with every leaf given to `new`; containers in which nothing changes are the same objects."""
     if isinstance(value, (tuple, list)):

@@ -131,6 +131,7 @@ class Stream:
     calls    [batch][block], what each block is given besides, None where a block is passed by
     carried  [batch], what earlier blocks returned and later ones are still to be given
     passed   [batch], how many blocks it has gone through
+    original the same windows on their way through the original model, where that is to be known
 
     With a `spill`, hidden states lie there, and so does what a batch alone is given: masks, where windows are padded.
     """
@@ -147,6 +148,7 @@ class Stream:
         self.carried: list[dict[Carried, Any]] = []
         self.passed = [0] * len(ids)
         self.spill = spill
+        self.original: Stream | None = None
         self._hidden: list[torch.Tensor | Spilled] = []
 
     def enter(self, hidden: torch.Tensor, calls: list[Call | None]) -> None:
@@ -201,6 +203,23 @@ class Stream:
                 self.leave(batch, other.passed[old] - 1, piece)
                 self.carried[batch] = {key: replaced(value, cut) for key, value in other.carried[old].items()}
                 batch += 1
+
+    def some(self, batches: Sequence[int]) -> Stream:
+        """Some of its batches, which it shares with this one."""
+        part = Stream(*([all_[b] for b in batches] for all_ in (self.ids, self.masks, self.more)), self.spill)
+        part.calls, part.carried, part.passed, part._hidden = (
+            [all_[b] for b in batches] for all_ in (self.calls, self.carried, self.passed, self._hidden)
+        )
+        return part
+
+    def twin(self) -> Stream:
+        """The same windows where they are now, about to go another way than these."""
+        twin = Stream(self.ids, self.masks, self.more, self.spill)
+        twin.calls, twin.passed = self.calls, list(self.passed)
+        twin.carried = [dict(each) for each in self.carried]
+        held = (self.hidden(batch) for batch in range(len(self.ids)))
+        twin._hidden = [hidden if self.spill is None else self.spill.put(hidden) for hidden in held]
+        return twin
 
     @property
     def _file(self) -> SpillFile:

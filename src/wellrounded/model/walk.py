@@ -20,10 +20,12 @@ import torch
 from torch import nn
 
 from ..errors import NumericsError, UsageError
-from .blocks import find_blocks, idle_parts
+from .blocks import find_blocks, idle_parts, shape_of
 from .blocks import towers as find_towers
-from .calls import Call, Carried, carried_in, hidden_of, same
-from .siblings import HERE, Bank, Batch, Siblings, anew, observe, staged
+from .calls import Call, Carried, carried_in, hidden_of, hidden_of_output, same
+from .inputs import HERE, Bank, Siblings
+from .originals import Originals, Twin
+from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
 from .weights import Read, materialize, release
 
@@ -114,6 +116,7 @@ class BlockWalk:
         with self.outside():
             self._entered(new)
         new.take_over(stream, sizes)
+        new.original = None if stream.original is None else self.halved(stream.original)
         return new
 
     def _input(self, value: torch.Tensor) -> torch.Tensor:
@@ -121,14 +124,14 @@ class BlockWalk:
         return value.to(self.device, self.model.dtype if value.is_floating_point() else value.dtype)
 
     @torch.no_grad()
-    def advance(self, index: int, *streams: Stream) -> None:
-        """Run block `index` over every batch of the streams and keep its outputs as the next hidden states.
+    def advance(self, index: int, *streams: Stream, block: nn.Module | None = None) -> None:
+        """Run block `index`, or one in its place, over every batch and keep its outputs as the next hidden states.
 
         Nothing happens at a block that the model does not call on a batch, nor does anything reach its layers.
         """
         for stream in streams:
             for batch in stream.rest(index):
-                self._step(index, stream, batch)
+                self._step(index, stream, batch, block)
 
     def observe(self, index: int, stream: Stream, names: list[str]) -> list[Siblings | Bank]:
         """Hessians of the named layers of block `index`, one per set of siblings; the stream stays where it is."""
@@ -145,26 +148,76 @@ class BlockWalk:
     def _siblings(self, index: int, names: list[str], batches: list[Batch]) -> list[list[str]]:
         return [siblings.names for siblings in observe(self.blocks[index], names, batches, weigh=False)]
 
-    def staged(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings | Bank]:
+    @torch.no_grad()
+    def writers(self, index: int, stream: Stream, known: list[list[str]]) -> dict[str, float]:
+        """Layers that write to the residual stream, and how much of what they write arrives there, found on one batch.
+
+        What is added to a writer's output appears in the block's own, whatever else it does on its way.
+        """
+        batch = next(iter(stream.rest(index)), None)
+        if batch is None:
+            return {}
+        hidden, found = stream.hidden(batch), {}
+        before = hidden_of_output(self._run(index, stream, batch))
+        push = torch.randn(hidden.shape[-1], generator=torch.Generator().manual_seed(index)).to(hidden)
+        push *= 100 * hidden.float().square().mean().sqrt().to(hidden.dtype)
+        for name in [names[0] for names in known if len(names) == 1]:
+            layer = self.blocks[index].get_submodule(name)
+            if shape_of(layer)[0] != len(push):
+                continue
+            handle = layer.register_forward_hook(lambda layer, args, output: output + push)
+            try:
+                moved = (hidden_of_output(self._run(index, stream, batch)) - before).float()
+            finally:
+                handle.remove()
+            share = (moved @ push.float()).mean() / push.float().square().sum()
+            if (moved - share * push.float()).square().mean() < 0.01 * moved.square().mean():
+                found[name] = float(share)
+        return found
+
+    def staged(
+        self, index: int, stream: Stream, names: list[str], known: list[list[str]], twin: Twin | None = None
+    ) -> Iterator[Siblings | Bank]:
         """Advance the stream, stopping before each set of siblings with the Hessian of what arrives there.
 
-        What the caller makes of a set's weights is what the rest of the block sees. See siblings.staged.
+        What the caller makes of a set's weights is what the rest of the block sees. See siblings.staged. With the
+        block's `twin`, what arrives there in the original comes along, and the stream's original advances too.
         """
-        return staged(self.blocks[index], names, known, self._batches(self._step, index, stream), self.hessians)
+        batches = self._batches(self._step, index, stream)
+        sets = partial(staged, self.blocks[index], names, known)
+        if twin is None:
+            return sets(batches, self.hessians)
+        originals, theirs = self._originals(self._step, index, stream, twin)
+        return originals.staged(partial(sets, originals.counted(batches), self.hessians), theirs, names, known)
 
-    def anew(self, index: int, stream: Stream, names: list[str], known: list[list[str]]) -> Iterator[Siblings | Bank]:
+    def anew(
+        self, index: int, stream: Stream, names: list[str], known: list[list[str]], twin: Twin | None = None
+    ) -> Iterator[Siblings | Bank]:
         """The same in as little memory as a single batch takes: every batch runs again for each set. See siblings.anew.
 
-        The stream does not advance.
+        No stream advances.
         """
-        return anew(self.blocks[index], names, known, self._batches(self._run, index, stream), self.hessians)
+        batches = self._batches(self._run, index, stream)
+        sets = partial(anew, self.blocks[index], names, known)
+        if twin is None:
+            return sets(batches, self.hessians)
+        originals, theirs = self._originals(self._run, index, stream, twin)
+        return originals.anew(partial(sets, originals.counted(batches), self.hessians), theirs)
 
-    def _batches(self, run: Callable[[int, Stream, int], Any], index: int, stream: Stream) -> list[Batch]:
+    def _originals(
+        self, run: Callable[..., Any], index: int, stream: Stream, twin: Twin
+    ) -> tuple[Originals, list[Batch]]:
+        """What compares, and the original's batches."""
+        assert stream.original is not None
+        batches = self._batches(partial(run, block=twin.block), index, stream.original)
+        return Originals(self.blocks[index], twin, stream, stream.original, list(stream.rest(index))), batches
+
+    def _batches(self, run: Callable[..., Any], index: int, stream: Stream) -> list[Batch]:
         return [(partial(run, index, stream, batch), stream.masks[batch]) for batch in stream.rest(index)]
 
-    def _step(self, index: int, stream: Stream, batch: int) -> None:
-        output = self._run(index, stream, batch)
-        hidden = output[0] if isinstance(output, (tuple, list)) else output
+    def _step(self, index: int, stream: Stream, batch: int, block: nn.Module | None = None) -> None:
+        output = self._run(index, stream, batch, block=block)
+        hidden = hidden_of_output(output)
         if not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
         stream.leave(batch, index, hidden)
@@ -206,13 +259,13 @@ class BlockWalk:
             handle.remove()
         return read[0]
 
-    def _run(self, index: int, stream: Stream, batch: int) -> Any:
-        """What the block returns."""
+    def _run(self, index: int, stream: Stream, batch: int, block: nn.Module | None = None) -> Any:
+        """What the block, or one in its place, returns."""
         args, kwargs = stream.call(batch, index)
-        hidden = stream.hidden(batch)
+        hidden, block = stream.hidden(batch), block or self.blocks[index]
         if "hidden_states" in kwargs:
-            return self.blocks[index](*args, **{**kwargs, "hidden_states": hidden})
-        return self.blocks[index](hidden, *args, **kwargs)
+            return block(*args, **{**kwargs, "hidden_states": hidden})
+        return block(hidden, *args, **kwargs)
 
     def _learn(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
         """In which form blocks return their hidden state, and that each is called once, in the order of the list.

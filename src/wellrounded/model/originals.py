@@ -1,0 +1,134 @@
+"""A block as it was, beside the one that is being quantized: what its layers read and write there, token by token."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from greenlet import getcurrent, greenlet
+from torch import nn
+
+from .inputs import Aside, Bank, Hessians, Paired, Siblings, Witness
+from .siblings import Batch, Kind, Place, run_to, staged
+from .stream import Stream
+
+Sets = Iterator[Siblings | Bank]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A block that keeps the weights of the original model, and what is to be known of it.
+
+    writers  layers that write to the residual stream, and how much of what they write arrives there
+    weighs   whether a writer's tokens count by the residual that they join
+    tracks   whether the residuals themselves are compared
+    """
+
+    block: nn.Module
+    writers: dict[str, float] = field(default_factory=dict)
+    weighs: bool = True
+    tracks: bool = True
+
+
+@dataclass
+class Originals:
+    """Runs a block and its twin in step over the same batches, as they have reached either, and compares.
+
+    mine and theirs are the streams of the quantized model and of the original, `numbers` the batches on their way.
+    """
+
+    block: nn.Module
+    twin: Twin
+    mine: Stream
+    theirs: Stream
+    numbers: list[int]
+    _read: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
+    _apart: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # what writers have written so far
+    _at: dict[greenlet, int] = field(default_factory=dict, repr=False)  # which batch runs there
+
+    def staged(
+        self, sets: Callable[[Kind], Sets], batches: list[Batch], names: list[str], known: list[list[str]]
+    ) -> Sets:
+        """Siblings from `sets`, each compared; `batches` of the original have left the block in the end."""
+        with self._told():
+            theirs = staged(self.twin.block, names, known, self.counted(batches), kind=Witness)
+            mine = sets(self._kind)
+            while True:
+                if isinstance(other := next(theirs, None), Witness):
+                    self._read[other.names[0]] = other.inputs
+                if (one := next(mine, None)) is None:
+                    break
+                yield one
+            for _ in theirs:
+                pass
+
+    def anew(self, sets: Callable[[Kind, Callable[[Place, int], None]], Sets], batches: list[Batch]) -> Sets:
+        """The same batch by batch, where none waits; the original stays where it is."""
+        batches = self.counted(batches)
+
+        def before(place: Place, number: int) -> None:
+            inputs = self._read[place.name] = {}
+
+            def keep(x: torch.Tensor, mask: torch.Tensor | None) -> None:
+                inputs[number] = x
+
+            self._apart.pop(number, None)
+            run_to(self.twin.block, place, [batches[number]], keep)
+
+        with self._told():
+            yield from sets(self._kind, before)
+
+    def counted(self, batches: list[Batch]) -> list[Batch]:
+        """The same, each with its place in the list known while it runs."""
+
+        def numbered(number: int, run: Callable[[], None]) -> None:
+            self._at[getcurrent()] = number
+            run()
+
+        return [(partial(numbered, number, run), mask) for number, (run, mask) in enumerate(batches)]
+
+    def aside(self, names: list[str], batch: int, original: torch.Tensor) -> Aside:
+        """What else is known of what a layer reads, `original` [..., in] in the twin: see Aside."""
+        (name, *others), share = names, self.twin.writers.get(names[0], 0.0)
+        if others or not share:
+            return Aside()
+        layer, before = self.twin.block.get_submodule(name), self.theirs.hidden(self.numbers[batch])
+        weights = apart = None
+        if original.numel() // original.shape[-1] != before.numel() // before.shape[-1]:
+            return Aside()  # not all tokens come here: an expert of a list
+        with torch.no_grad():
+            if self.twin.weighs:
+                written = layer.forward(original)  # without its hooks, which would stop it
+                residual = (before.reshape(written.shape) + share * written).float()
+                weights = 1 / residual.square().mean(-1).clamp_min(1e-12)
+            if self.twin.tracks:
+                apart = before - self.mine.hidden(self.numbers[batch])
+                if batch in self._apart:
+                    apart = apart + self._apart[batch].reshape(apart.shape)
+                apart = (apart / share).reshape(*original.shape[:-1], -1)
+        return Aside(weights, apart)
+
+    def _kind(self, names: list[str], size: int, device: torch.device, hessians: Hessians) -> Paired:
+        writes = len(names) == 1 and names[0] in self.twin.writers and self.twin.tracks
+        outputs = self.theirs.hidden(self.numbers[0]).shape[-1] if writes and self.numbers else 0
+        return Paired(names, size, device, hessians, originals=self._read, aside=self.aside, outputs=outputs)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """While it lasts, what is written to the residual, here and in the twin, is compared."""
+
+        def wrote(sign: float, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+            batch = self._at[getcurrent()]
+            if output.numel() != self.theirs.hidden(self.numbers[batch]).numel():
+                return
+            self._apart[batch] = sign * output + self._apart[batch] if batch in self._apart else sign * output
+
+        with ExitStack() as hooks:
+            for name, share in self.twin.writers.items() if self.twin.tracks else ():
+                for block, sign in ((self.twin.block, share), (self.block, -share)):
+                    handle = block.get_submodule(name).register_forward_hook(partial(wrote, sign))
+                    hooks.callback(handle.remove)
+            yield

@@ -1,0 +1,34 @@
+"""How much is done for accuracy: three compositions of steps, each with all that the one before it does."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from .core.gptq import Settings
+from .errors import UsageError
+from .training import Training
+
+
+@dataclass(frozen=True)
+class Preset:
+    """What is done for accuracy, in a sentence and in settings."""
+
+    does: str
+    settings: Settings
+    training: Training | None = None
+
+
+FAST = Preset("GPTQ with searched scales, layer after layer", Settings())
+DEFAULT = Preset(
+    "makes up for the error of earlier layers, as far as held-out tokens bear it out",
+    replace(FAST.settings, upstream=True, residual=True, token_weights=True),
+)
+BEST = Preset("and then trains scales and norms against the original's answers", DEFAULT.settings, Training())
+PRESETS = {"fast": FAST, "default": DEFAULT, "best": BEST}
+
+
+def preset(name: str) -> Preset:
+    """Raises UsageError for a name that is none."""
+    if name not in PRESETS:
+        raise UsageError(f"preset={name!r} was asked for; use one of {', '.join(PRESETS)}")
+    return PRESETS[name]

@@ -1,0 +1,69 @@
+"""The last step of the best preset: what is quantized is trained, and what was learned is put into tensors to store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .core.weight import QuantizedWeight
+from .learned import shared_modules
+from .ledger import Ledger
+from .model.stream import Stream
+from .model.walk import BlockWalk
+from .student import Student
+from .training import Training, train
+
+
+class Tuning:
+    """Trains scales and norm gains of a model whose blocks are all quantized, codes frozen.
+
+    It is made before the walk begins, when it can still be seen which modules share their weights.
+    """
+
+    def __init__(self, walk: BlockWalk, ledger: Ledger, version: str, training: Training) -> None:
+        self.walk, self.ledger, self.version, self.training = walk, ledger, version, training
+        self.owners = shared_modules(walk.model)
+
+    def tune(
+        self, quantized: Mapping[str, QuantizedWeight], teacher: Stream, held: Stream | None, state: Path,
+        say: Callable[[str], None],
+    ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # fmt: skip
+        """What is to be stored by its name in the files, and what the report says of it.
+
+        teacher and held have gone through all blocks of the original; the step that is best on `held` is taken. A run
+        that is stopped goes on from `state`.
+        """
+        student = Student(self.walk, quantized, self.owners, self._fixed())
+        every = self.training.every
+
+        def tell(step: int, total: int, kl: float | None, held_out: float | None) -> None:
+            if held_out is not None or step % every == 0:
+                seen = [f"KL {kl:.4f}"] if kl is not None else []
+                seen += [f"{held_out:.4f} on held-out text"] if held_out is not None else []
+                say(f"training scales and norms: step {step} of {total}, {', '.join(seen)}")
+
+        trained = train(student, teacher, held, self.training, state, tell)
+        tensors: dict[str, torch.Tensor] = {}
+        for name, weight in trained.weights.items():
+            if name not in self.ledger.owners:
+                packed = self.ledger.packed(name, weight, self.version)
+                tensors |= {key: tensor for key, tensor in packed.items() if key.endswith(".scales")}
+        tensors |= {self.ledger.stored[name]: gain for name, gain in trained.dense.items()}
+        windows = self.training.steps * self.training.windows_per_step
+        return tensors, {
+            "steps": self.training.steps,
+            "best_step": trained.best_step,
+            "windows": windows,
+            "kl": [[row.step, row.kl, row.held_out] for row in trained.history],
+        }
+
+    def gains(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Of tensors as they are stored, parameters of the model that are not packed, by the model's names."""
+        return {name: tensors[stored] for name, stored in self.ledger.stored.items() if stored in tensors}
+
+    def _fixed(self) -> set[str]:
+        """Parameters that the files do not hold just as the model has them: what was learned had no place there."""
+        return {name for name, _ in self.walk.model.named_parameters() if name not in self.ledger.stored}
