@@ -20,9 +20,10 @@ SOME = 3.9  # bits per weight, for which some layers have 3 bits
 
 
 def quantize(model, out, said=None, **options):
-    """tiny.quantize; what the run says goes to the list `said`."""
+    """tiny.quantize with the preset that takes least; what the run says goes to the list `said`."""
     told = [] if said is None else said
-    return tiny.quantize(model, out, progress=lambda p: told.append(p.message or f"block {p.done}"), **options)
+    tell = lambda p: told.append(p.message or f"block {p.done}")  # noqa: E731
+    return tiny.quantize(model, out, preset="fast", progress=tell, **options)
 
 
 def schemes(out: Path) -> dict[str, Scheme]:
@@ -211,7 +212,7 @@ def test_a_uniform_scheme_that_is_better_is_written_instead(llama, measured, tmp
 def test_without_held_out_text_nothing_is_claimed(llama, tmp_path):
     model = tiny.build("llama", torch.bfloat16, max_position_embeddings=1024)
     options = {"calibration": tiny.ids(1, 2500), "samples": 2, "length": 1024}
-    report = tiny.quantize(model, tmp_path / "out", bpw=SOME, **options)
+    report = tiny.quantize(model, tmp_path / "out", preset="fast", bpw=SOME, **options)
     assert report.fidelity is None and [one["distance"] for one in report.budget["tried"]] == [None, None]
     assert {*schemes(tmp_path / "out").values()} == {Scheme(3, 32)}
     assert any("cannot be proven to be better: no text is held out" in note for note in report.notes)
@@ -227,12 +228,36 @@ def test_a_run_that_goes_on_neither_measures_nor_tries_again(llama, mixed, tmp_p
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.quantize(llama, tmp_path / "out", bpw=SOME, progress=tell)
+        tiny.quantize(llama, tmp_path / "out", preset="fast", bpw=SOME, progress=tell)
     said = []
     quantize(llama, tmp_path / "out", said, bpw=SOME)
     assert not any(line.startswith(("measuring", "trying")) for line in said) and said.count("block 1") == 1
     again, whole = (tiny.tensors(out) for out in (tmp_path / "out", mixed[0]))
     assert again.keys() == whole.keys() and all(torch.equal(again[name], whole[name]) for name in whole)
+
+
+def test_a_trial_that_was_stopped_goes_on_too_and_leaves_nothing(llama, measured, tmp_path):
+    own = Path(tmp_path / "own.json")
+    own.write_text(re.sub(r'"tried": \{[^}]*\}', '"tried": {}', measured.read_text()))
+
+    def tell(progress):
+        if not progress.message and progress.done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny.quantize(llama, tmp_path / "out", preset="fast", bpw=SOME, measurement=own, progress=tell)
+    trial = tmp_path / ".out.uniform.partial"
+    assert json.loads((trial / "journal.jsonl").read_text().splitlines()[0])["request"]["recipe"]["bits"] == 3
+    before = {path.name: path.stat().st_mtime_ns for path in trial.glob("*.part")}
+    kept = []
+
+    def look(progress):
+        if trial.exists() and progress.done == 2 and not kept:
+            kept.append({name: (trial / name).stat().st_mtime_ns for name in before})
+
+    report = tiny.quantize(llama, tmp_path / "out", preset="fast", bpw=SOME, measurement=own, progress=look)
+    assert kept == [before] and len(before) == 3 and len(report.budget["tried"]) == 2  # what is outside, two blocks
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.log", "own.json"]
 
 
 def test_a_run_that_was_stopped_while_writing_the_uniform_scheme_goes_on_with_it(llama, measured, tmp_path, judged):
@@ -247,7 +272,7 @@ def test_a_run_that_was_stopped_while_writing_the_uniform_scheme_goes_on_with_it
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny.quantize(llama, tmp_path / "out", bpw=SOME, measurement=own, progress=tell)
+        tiny.quantize(llama, tmp_path / "out", preset="fast", bpw=SOME, measurement=own, progress=tell)
     judged(0.01)
     said = []
     report = quantize(llama, tmp_path / "out", said, bpw=SOME, measurement=own)

@@ -1,8 +1,8 @@
 """A mixture of schemes against the best uniform one that fits: both are quantized, and the better one is written.
 
-The uniform one is tried first, into nowhere; then the mixture is written, and where it turns out to be further from the
-original on held-out text, the uniform one in its place. What was measured and how good what was tried is, is kept in a
-file, by which a run that was stopped comes to the same choice, and another budget is served without measuring again.
+The uniform one is tried first, beside the result; then the mixture is written, and where it turns out to be further
+from the original on held-out text, the uniform one in its place. What was measured, and how good what was tried is, is
+kept in a file, by which a run that was stopped comes to the same choice, and another budget is served at once.
 """
 
 from __future__ import annotations
@@ -13,15 +13,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-
 from . import measurement
 from .budget import Account, Budget, described, mixture, recipe_of, refuse_out_of_range, uniform
-from .checkpoint import Source
+from .checkpoint import Source, Writer
 from .core.recipe import Recipe
 from .core.scheme import Scheme
 from .errors import OutOfMemory, UsageError, WellRoundedError
 from .formats.config import to_config, version_for
+from .journal import difference
 from .measurement import Foreign, Measurement
 from .memory import exhausted
 from .model.stream import SpillFile
@@ -30,6 +29,7 @@ from .progress import Progress
 from .report import Report
 from .request import NONE, Request
 from .sensitivity import distance, measure, schemes_for
+from .tensorfile import remove
 from .writer import unfinished
 
 Tell = Callable[[Progress], None]
@@ -38,21 +38,6 @@ ELSEWHERE = ("calibration", "device", "batch", "max_memory", "min_tokens")  # wh
 
 class Beaten(WellRoundedError):  # noqa: N818  # a signal, not an error
     """The mixture is further from the original than the uniform scheme: it is not to be written."""
-
-
-class Nowhere:
-    """A pipeline.Store that keeps nothing: only how good the result is counts."""
-
-    def __init__(self, scratch: Path) -> None:
-        self.finished: dict[str, Any] = {}
-        self.scratch: Path | None = scratch
-
-    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
-        """It is gone."""
-
-    def read_part(self, part: str) -> dict[str, torch.Tensor]:
-        """Never asked: nothing is finished."""
-        raise KeyError(part)
 
 
 @dataclass(frozen=True)
@@ -165,7 +150,7 @@ def prepare(
     plain = rival([scheme] * len(chosen)) if scheme is not None and {*chosen} != {scheme} else None
     contest = Contest(budget, rival(chosen), plain, known, path, proof, gap)
     if plain is not None and proof and contest.moved(plain) is None:
-        _try(contest, plain, opened, out.absolute().parent, tell)
+        _try(contest, plain, opened, out, tell)
     return contest
 
 
@@ -199,18 +184,26 @@ def _measured(run: Run, path: Path, strict: bool, home: Path, tell: Tell) -> Mea
     return found
 
 
-def _try(contest: Contest, rival: Rival, opened: Callable[[], Source], home: Path, tell: Tell) -> None:
-    """Quantize into nowhere, to know how good that is."""
+def _try(contest: Contest, rival: Rival, opened: Callable[[], Source], out: Path, tell: Tell) -> None:
+    """Quantize, to know how good that is: beside `out`, where a run that is stopped goes on, and nothing stays."""
     tell(Progress(0, 1, 0.0, "", message=f"trying {rival.what} everywhere, which the mixture has to beat"))
     run = rival.request.run(opened())
-    with TemporaryDirectory(prefix=".trying-", dir=_nearest(home)) as scratch:
-        report = run.quantize(Nowhere(Path(scratch)), tell)
-    if report.fidelity is not None:
-        contest.known.tried[rival.digest] = distance(report.fidelity)
-        contest.known.write(contest.path)
-        tell(
-            Progress(1, 1, 0.0, "", message=f"{rival.what}: {contest.known.tried[rival.digest]:.4f} from the original")
-        )
+    place = out.with_name(f".{out.name}.uniform")
+    writer = Writer(place, run.request(), fresh=bool(difference(unfinished(place), run.request())))
+    try:
+        if said := run.settle(writer.run):
+            tell(Progress(0, 1, 0.0, "", message=said))
+        writer.note_run(run.noted())
+        report = run.quantize(writer, tell)
+        if report.fidelity is not None:
+            moved = contest.known.tried[rival.digest] = distance(report.fidelity)
+            contest.known.write(contest.path)
+            tell(Progress(1, 1, 0.0, "", message=f"{rival.what}: {moved:.4f} from the original"))
+    except BaseException:
+        writer.abandon()
+        raise
+    writer.close()
+    remove(writer.partial)
 
 
 def _stored(recipe: Recipe) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from itertools import product
 
 import torch
 
+from ..errors import NumericsError
 from . import gptq
 from .factor import FactorError
 from .gptq import Prepared, Settings
@@ -95,7 +96,10 @@ def _solved(missing: torch.Tensor | None, moments: Moments, prepared: Prepared) 
 def shares(
     weight: torch.Tensor, parts: tuple[torch.Tensor | None, ...], held_out: Moments, rows: slice
 ) -> tuple[float, ...]:
-    """From 0 to 1, of each part that is added to the weight, so that the sum loses least on held-out tokens."""
+    """From 0 to 1, of each part that is added to the weight, so that the sum loses least on held-out tokens.
+
+    Raises NumericsError if the parts, or what was counted, hold NaN or Inf.
+    """
     there = [part for part in parts if part is not None]
     if not there:
         return 0.0, 0.0
@@ -103,7 +107,10 @@ def shares(
     slope = held_out.wanted(weight, rows).sub_(weight @ matrix)  # what lowers the loss, at the weight itself
     linear = torch.stack([(slope * part).sum() for part in there]).double().cpu()
     quadratic = torch.stack([torch.stack([(one @ matrix).mul_(two).sum() for two in there]) for one in there])
-    best = iter(_least(quadratic.double().cpu(), linear))
+    quadratic = quadratic.double().cpu()
+    if not (torch.isfinite(linear).all() and torch.isfinite(quadratic).all()):
+        raise NumericsError("the inputs of this layer, or the residual, hold NaN or Inf in the original model")
+    best = iter(_least(quadratic, linear))
     return tuple(next(best) if part is not None else 0.0 for part in parts)
 
 

@@ -14,7 +14,6 @@ from ..core.moments import Moments
 from .experts import Routed
 
 STACK_BYTES = 2**28  # what Hessians of experts that are solved together may take, with what solving adds
-HELD_OUT = 8  # the last of so many parts of a window is held out: on those it is chosen how the layer is solved
 Count = Callable[..., None]  # told of an input, which of it is padding, and the number of its batch
 
 
@@ -130,17 +129,22 @@ class Aside(NamedTuple):
     apart: torch.Tensor | None = None
 
 
+ChosenOn = Callable[[int, torch.Tensor], torch.Tensor]
+
+
 @dataclass
 class Paired(Siblings):
     """Layers whose inputs are compared with those that they have in the original model, token by token.
 
     originals  by the first layer's name and batch, what is read there; a batch that is not there counts as unchanged
     aside      of layers, a batch and what it has there: what else is known
+    chosen_on  of a batch and its inputs [..., size]: bool [...], which are held out, to choose by them how to solve
     outputs    features of the residual that a layer writes to, 0 for others
     """
 
     originals: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
     aside: Callable[[list[str], int, torch.Tensor], Aside] = field(default=lambda *told: Aside(), repr=False)
+    chosen_on: ChosenOn = field(default=lambda batch, x: torch.zeros(x.shape[:-1], dtype=torch.bool), repr=False)
     outputs: int = 0
     moments: Moments | None = field(default=None, repr=False)
     held_out: Moments | None = field(default=None, repr=False)
@@ -154,11 +158,9 @@ class Paired(Siblings):
             aside = self.aside(self.names, batch, original)
         if self.moments is None or self.held_out is None:
             self.moments, self.held_out = (self.hessians.moments(self.size, x.device) for _ in range(2))
-        length = x.shape[-2]
-        late = torch.arange(length, device=x.device) >= length - length // HELD_OUT
-        late = late.expand(x.shape[:-1])
-        real = torch.ones_like(late) if mask is None or mask.shape != late.shape else mask.to(x.device)
-        for moments, some in ((self.moments, real & ~late), (self.held_out, real & late)):
+        held = self.chosen_on(batch, x)
+        real = torch.ones_like(held) if mask is None or mask.shape != held.shape else mask.to(x.device)
+        for moments, some in ((self.moments, real & ~held), (self.held_out, real & held)):
             moments.update(x[some], original[some], *(None if one is None else one[some] for one in aside))
 
     def forget(self) -> None:

@@ -16,6 +16,7 @@ from .siblings import Batch, Kind, Place, run_to, staged
 from .stream import Stream
 
 Sets = Iterator[Siblings | Bank]
+HELD_OUT = 8  # of so many windows one is held out: on those it is chosen how layers are solved
 
 
 @dataclass(frozen=True)
@@ -111,10 +112,26 @@ class Originals:
                 apart = (apart / share).reshape(*original.shape[:-1], -1)
         return Aside(weights, apart)
 
+    def chosen_on(self, batch: int, x: torch.Tensor) -> torch.Tensor:
+        """bool [...]: which rows of `x` [..., in] are held out: whole windows, the same however they are batched.
+
+        The end of a window that is otherwise calibrated on would be too much like the rest.
+        """
+        sizes, number = [len(ids) for ids in self.mine.ids], self.numbers[batch]
+        first, windows, rows = sum(sizes[:number]), sizes[number], x[..., 0].numel()
+        every = min(HELD_OUT, sum(sizes))
+        if rows % windows:  # what of them comes here is not known: an expert of a list
+            held = torch.arange(rows, device=x.device) % HELD_OUT == HELD_OUT - 1
+        else:
+            held = torch.arange(first, first + windows, device=x.device) % every == every - 1
+            held = (held & (every > 1)).repeat_interleave(rows // windows)
+        return held.view(x.shape[:-1])
+
     def _kind(self, names: list[str], size: int, device: torch.device, hessians: Hessians) -> Paired:
         writes = len(names) == 1 and names[0] in self.twin.writers and self.twin.tracks
         outputs = self.theirs.hidden(self.numbers[0]).shape[-1] if writes and self.numbers else 0
-        return Paired(names, size, device, hessians, originals=self._read, aside=self.aside, outputs=outputs)
+        told = {"originals": self._read, "aside": self.aside, "chosen_on": self.chosen_on}
+        return Paired(names, size, device, hessians, outputs=outputs, **told)
 
     @contextmanager
     def _told(self) -> Iterator[None]:
