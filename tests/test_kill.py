@@ -14,7 +14,7 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -121,8 +121,11 @@ def tensors(part: str) -> dict[str, torch.Tensor]:
 
 
 @shards_of(3000)
-def write(out: Path, force: bool = False, fresh: bool = False, request: Any = REQUEST) -> None:
-    """A whole run: parts of about 1.4 kB in shards of 3 kB, a temporary file, and a few other files."""
+def write(out: Path, force: bool = False, fresh: bool = False, request: Any = REQUEST, amends: bool = False) -> None:
+    """A whole run: parts of about 1.4 kB in shards of 3 kB, a temporary file, and a few other files.
+
+    One that `amends` keeps a state, and replaces a tensor of every other part when all are written.
+    """
     writer = Writer(out, request, force, fresh)
     if writer.complete:
         return
@@ -135,6 +138,10 @@ def write(out: Path, force: bool = False, fresh: bool = False, request: Any = RE
             writer.add(part, tensors(part), None if part == "outside" else [part])
         assert set(writer.read_part(part)) == set(tensors(part))
     assert writer.run == {"batch": 4}
+    if amends and writer.amended is None:
+        writer.state("training").write_bytes(b"1" * 100)
+        writer.amend({f"{part}.w": -tensors(part)[f"{part}.w"] for part in PARTS[::2]}, {"steps": 4})
+    assert writer.amended == ({"steps": 4} if amends else None)
 
     def rest(directory: Path) -> None:
         (directory / "sub").mkdir()
@@ -191,6 +198,24 @@ def new_old_or_both(out: Path, undisturbed: dict[str, bytes], force: bool, step:
     assert force or not out.exists(), f"step {step}: OUT is there and not complete"
     places = [out / "old.txt", out.with_name("out.partial") / "replaced" / "old.txt"]
     assert not force or any(place.exists() for place in places), f"step {step}: the old result is lost"
+
+
+def test_what_is_replaced_at_the_end_is_all_replaced_after_a_kill_at_every_step(tmp_path, undisturbed):
+    write(tmp_path / "whole" / "out", amends=True)
+    whole = contents(tmp_path / "whole" / "out")
+    assert whole.keys() == undisturbed.keys()
+    assert sum(whole[name] != undisturbed[name] for name in whole) == 3, "every shard holds what was replaced"
+    ended, step = KILLED, 0
+    while ended == KILLED:
+        step += 1
+        out = tmp_path / str(step) / "out"
+        out.parent.mkdir()
+        ended = in_child(lambda out=out: write(out, amends=True), step, tmp_path).how
+        assert not out.exists() or contents(out) == whole, f"step {step}: OUT is there and not complete"
+        with suppress(UsageError):  # it exists: all had been done
+            write(out, amends=True)
+        assert contents(out) == whole and not beside(out), f"killed at step {step}"
+    assert ended == DONE and step > 90
 
 
 @pytest.mark.parametrize("stopped", ["before the swap", "in the swap"])

@@ -134,8 +134,9 @@ def test_more_bits_mean_less_error(tmp_path):
 
 
 @pytest.mark.parametrize("block", [0, 1, 2])
-def test_the_reported_error_is_that_of_the_stored_weight_on_what_quantized_blocks_make(block, llama, quantized):
-    model = dense(llama)
+def test_the_reported_error_is_that_of_the_stored_weight_on_what_quantized_blocks_make(block, llama, tmp_path):
+    model, quantized = dense(llama), tmp_path / "out"
+    tiny.quantize(llama, quantized, preset="fast")
     weight, name = model.model.layers[block].self_attn.q_proj.weight.double(), LINEARS[7 * block]
     inputs, so_far = [], tiny.twin(model, quantized)
     so_far.model.layers[block].self_attn.q_proj.register_forward_pre_hook(lambda layer, args: inputs.append(args[0]))

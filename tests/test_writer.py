@@ -517,3 +517,188 @@ def test_of_two_requests_only_what_differs_is_said():
     assert "and 97 more}" in journal.difference(before, {**before, "tensors": {}})
     assert len(journal.difference({"text": "x" * 5000}, {"text": "y" * 5000})) < 300
     assert journal.difference({"sizes": [1, 2]}, {"sizes": (1, 2)}) == ""
+
+
+# ---- replaced later ----
+
+
+def newer(*names: str) -> dict[str, torch.Tensor]:
+    """Other values for these tensors of `written`, each as large as it was."""
+    return {name: -all_tensors()[name] for name in names}
+
+
+SCALES = ("outside.weight", "layers.0.scales", "layers.1.scales", "layers.1.odd")
+
+
+def amended(tmp_path, notes=("steps", 4)) -> Writer:
+    writer = written(tmp_path)
+    writer.amend(newer(*SCALES), notes)
+    return writer
+
+
+@pytest.fixture
+def in_shards(tmp_path, monkeypatch):
+    """Shards hold a single part; the last part is in none until the end."""
+    monkeypatch.setattr(writing, "SHARD_BYTES", 1)
+
+
+def expected() -> dict[str, torch.Tensor]:
+    return all_tensors() | newer(*SCALES)
+
+
+def stored(out) -> dict[str, torch.Tensor]:
+    return {name: Reader(out).read(name) for name in Reader(out).places}
+
+
+def test_what_is_replaced_later_is_read_and_stored_instead_and_nothing_else_changes(tmp_path):
+    writer = written(tmp_path)
+    assert writer.amended is None and writer.amendment() == {}
+    writer.amend(newer(*SCALES), {"steps": 4})
+    for part in ("outside", "layers.0", "layers.1"):
+        assert_equal(writer.read_part(part), {n: t for n, t in expected().items() if n.startswith(f"{part}.")})
+    assert_equal(writer.amendment(), newer(*SCALES))
+    out = finish(writer)
+    assert_equal(stored(out), expected())
+    assert [path.name for path in tmp_path.iterdir()] == ["out"] and len(list(out.iterdir())) == 2
+
+
+def test_bytes_are_those_of_a_run_that_wrote_them_at_once(tmp_path):
+    amended(tmp_path / "later")
+    later = finish(Writer(tmp_path / "later" / "out", REQUEST))
+    at_once = Writer(tmp_path / "at once" / "out", REQUEST)
+    for i, part in enumerate(("outside", "layers.0", "layers.1")):
+        at_once.add(part, {name: expected()[name] for name in tensors(i, f"{part}.")}, [i])
+    assert (later / "model.safetensors").read_bytes() == (finish(at_once) / "model.safetensors").read_bytes()
+
+
+def test_a_run_that_goes_on_knows_what_was_replaced(tmp_path, in_shards):
+    writer = again(amended(tmp_path))
+    assert writer.amended == ["steps", 4]
+    assert_equal(writer.amendment(), newer(*SCALES))
+    for part in ("outside", "layers.0", "layers.1"):
+        assert_equal(writer.read_part(part), {n: t for n, t in expected().items() if n.startswith(f"{part}.")})
+    assert_equal(stored(finish(writer)), expected())
+
+
+def test_parts_may_still_come_after_it(tmp_path, in_shards):
+    writer = again(amended(tmp_path))
+    writer.add("layers.2", tensors(3, "layers.2."), [3])
+    assert_equal(stored(finish(again(writer))), expected() | tensors(3, "layers.2."))
+
+
+@pytest.mark.parametrize("stop", [0, 1, 2])
+def test_replacing_may_stop_between_shards_and_is_done_again(tmp_path, in_shards, monkeypatch, stop):
+    writer, overwrite, left = amended(tmp_path), tensorfile.overwrite, [stop]
+
+    def stopped(path, tensors):
+        if left[0] == 0:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        left[0] -= 1
+        overwrite(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tensorfile, "overwrite", stopped)
+        with pytest.raises(CheckpointError, match=r"No space left on device.*finished blocks are kept"):
+            finish(writer)
+    writer.abandon()
+    assert not (tmp_path / "out").exists()
+    assert_equal(stored(finish(Writer(tmp_path / "out", REQUEST))), expected())
+
+
+@pytest.mark.parametrize("stop", range(1, 5))
+def test_replacing_may_stop_in_the_middle_of_a_tensor(tmp_path, monkeypatch, stop):
+    writer, left = amended(tmp_path), [stop]
+
+    class Torn:
+        """A file whose `stop`-th write is cut off."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            self.file.close()
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+        def write(self, data):
+            left[0] -= 1
+            if left[0] == 0:
+                self.file.write(data[: len(data) // 2])
+                raise KeyboardInterrupt
+            return self.file.write(data)
+
+    opened = Path.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", lambda path, mode="r", *more, **options: (
+            Torn(opened(path, mode, *more, **options)) if mode == "rb+" and path.name.startswith("shard") else
+            opened(path, mode, *more, **options)
+        ))  # fmt: skip
+        with pytest.raises(KeyboardInterrupt):
+            finish(writer)
+    assert left == [0]
+    assert_equal(stored(finish(again(writer))), expected())
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(6, 2).half(), torch.zeros(2, 6), torch.zeros(2, 5).half()])
+def test_a_tensor_of_another_shape_or_dtype_replaces_none(tmp_path, wrong):
+    path = tmp_path / "file.safetensors"
+    tensorfile.write(path, all_tensors())
+    with pytest.raises(CheckpointError, match=r"layers\.1\.scales is F16 \[2, 6\], not \("):
+        tensorfile.overwrite(path, newer("outside.weight") | {"layers.1.scales": wrong})
+    assert_equal(load_file(path), all_tensors())
+    tensorfile.overwrite(path, newer("outside.weight", "layers.0.count") | {"of another file": wrong})
+    assert_equal(load_file(path), all_tensors() | newer("outside.weight", "layers.0.count"))
+
+
+def test_what_is_nowhere_cannot_be_replaced(tmp_path):
+    writer = written(tmp_path)
+    with pytest.raises(CheckpointError, match=r"layers\.7\.scales was to be replaced, and is in no finished part"):
+        writer.amend(newer("outside.weight") | {"layers.7.scales": torch.zeros(2).half()}, {})
+    assert writer.amended is None and again(writer).amended is None
+    assert_equal(stored(finish(Writer(tmp_path / "out", REQUEST))), all_tensors())
+
+
+def test_half_of_what_was_to_be_replaced_does_not_count(tmp_path, monkeypatch):
+    writer = written(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(Writer, "_note", lambda self, **entry: fail())  # killed before the journal knows of it
+        with pytest.raises(CheckpointError, match="Input/output error"):
+            writer.amend(newer(*SCALES), {})
+    assert (writer.partial / writing.AMENDMENT).exists()
+    writer = again(writer)
+    assert writer.amended is None and not (writer.partial / writing.AMENDMENT).exists()
+    assert_equal(stored(finish(writer)), all_tensors())
+
+
+def test_a_lost_amendment_is_said(tmp_path):
+    writer = amended(tmp_path)
+    (writer.partial / writing.AMENDMENT).unlink()
+    with pytest.raises(
+        CheckpointError, match=r"amendment\.part: a finished part is missing or damaged; --fresh starts"
+    ):
+        again(writer)
+    fresh = Writer(tmp_path / "out", REQUEST, fresh=True)
+    assert fresh.finished == {} and fresh.amended is None
+
+
+def test_a_steps_state_outlives_a_stopped_run_and_goes_with_a_finished_one(tmp_path):
+    writer = written(tmp_path)
+    writer.state("training").write_bytes(b"step 8")
+    writer.state("training").with_name("training.state.new").write_bytes(b"half of step 16")
+    writer = again(writer)
+    assert writer.state("training").read_bytes() == b"step 8"
+    assert [path.name for path in writer.partial.glob("*.state*")] == ["training.state"]
+    writer.abandon()
+    finish(again(writer))
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_run_that_starts_over_has_no_state(tmp_path):
+    writer = amended(tmp_path)
+    writer.state("training").write_bytes(b"step 8")
+    fresh = again(writer, fresh=True)
+    assert not fresh.state("training").exists() and fresh.amended is None and fresh.amendment() == {}

@@ -98,7 +98,7 @@ class Blockwise:
             self._economize(index, calibrating, clock, lack)  # here, where nothing holds on to the error
 
     def twin(
-        self, index: int, known: list[list[str]] | None, streams: list[Stream], calibrating: list[Stream]
+        self, index: int, known: list[list[str]] | None, writers: dict[str, float], calibrating: list[Stream]
     ) -> Twin | None:
         """The block as it is in the original, where it is to be known what its layers read there.
 
@@ -106,11 +106,15 @@ class Blockwise:
         """
         originals = [stream.original for stream in calibrating if stream.original is not None]
         if originals and known is not None:
-            weighs, tracks = self.settings.token_weights, self.settings.residual
-            writers = self.walk.writers(index, streams[0], known) if weighs or tracks else {}
-            return Twin(copy.deepcopy(self.walk.blocks[index]), writers, weighs, tracks)
+            block = copy.deepcopy(self.walk.blocks[index])
+            return Twin(block, writers, self.settings.token_weights, self.settings.residual)
         self.walk.advance(index, *originals)
         return None
+
+    def writers(self, index: int, known: list[list[str]] | None, streams: list[Stream]) -> dict[str, float]:
+        """Which layers write to the residual stream, and how much of that arrives, where that is of use."""
+        wanted = self.settings.token_weights or self.settings.residual
+        return self.walk.writers(index, streams[0], known) if known and wanted else {}
 
     def _complete(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream]

@@ -164,13 +164,18 @@ class Run:
 
     def _quantize(self, writer: Store, clock: Clock, spill: SpillFile | None) -> None:
         calibrating, dense, quantized = self._streams(spill)
+        teacher = self._teacher(writer, clock, spill)
         self.plan.excuse(self.walk.idle)
         give_back()
         for index, name, block in self.walk:
             mine, replayed = self._mine(name, block), name in writer.finished
-            known = None if replayed else self.work.known(index, mine, [*dense, *calibrating])
-            twin = self.work.twin(index, known, [*dense, *calibrating], calibrating)
-            self.walk.advance(index, *dense)
+            streams, rotates = [*dense, *calibrating], self.settings.rotate and not self.owners
+            known = None if replayed and not rotates else self.work.known(index, mine, streams)
+            writers = self.work.writers(index, known, streams)
+            self.walk.advance(index, *dense, *teacher)
+            if rotates and known:
+                self.walk.rotate(index, calibrating[0], known)
+            twin = self.work.twin(index, None if replayed else known, writers, calibrating)
             self._inherit(name, block)
             if replayed:
                 self._replay(name, writer)
@@ -186,7 +191,7 @@ class Run:
             behind = {f"{self.plan.head}.weight": packed} if packed is not None else {}
             self.report.fidelity = self._prove(self._proving(dense), self._proving(quantized), behind)
         if self.tuning is not None:
-            self._tune(writer, clock, calibrating[0], dense, behind)
+            self._tune(writer, clock, next(iter([*teacher, calibrating[0].original])), dense, behind)
 
     def _prove(self, dense: list[Stream], quantized: list[Stream], behind: Behind) -> dict[str, float | int] | None:
         return fidelity(self.walk, dense, quantized, self.report.generates, self.work.team, behind)
@@ -197,14 +202,14 @@ class Run:
             return streams
         return [stream.some(range(1, len(stream.ids), 2)) for stream in streams]
 
-    def _tune(self, writer: Store, clock: Clock, calibrating: Stream, dense: list[Stream], behind: Behind) -> None:
+    def _tune(self, writer: Store, clock: Clock, teacher: Stream | None, dense: list[Stream], behind: Behind) -> None:
         """Train scales and norms of what is written, amend that, and prove the result again."""
-        assert self.tuning is not None and calibrating.original is not None  # the teacher
+        assert self.tuning is not None and teacher is not None
         if writer.amended is None:
             quantized = {r.name: weight for part in writer.finished for weight, r in self._read(part, writer)}
             choosing = [stream.some(range(0, len(stream.ids), 2)) for stream in dense]
             tensors, notes = self.tuning.tune(
-                quantized, calibrating.original, next(iter(choosing), None), writer.state("training"), clock.say
+                quantized, teacher, next(iter(choosing), None), writer.state("training"), clock.say
             )
             writer.amend(tensors, notes | {"fidelity": self.report.fidelity})
             del quantized
@@ -233,6 +238,9 @@ class Run:
             results.append(asdict(result))
             self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
         tensors |= self.ledger.dense(name)
+        for full in self.walk.changes.keys() & self.ledger.stored.keys():
+            if (stored := self.ledger.stored[full]) in tensors:
+                tensors[stored] = self.walk.read(full).to(tensors[stored].dtype)
         self.source.verify()
         writer.add(name, tensors, results)
         del tensors
@@ -280,6 +288,16 @@ class Run:
         """One window at a time: at the end each batch's logits exist twice, and a vocabulary is large."""
         held = self.work.team.some(self.calibration.held_out)
         return self.walk.stream(held.ids, held.mask, 1, held.more, spill)
+
+    def _teacher(self, writer: Store, clock: Clock, spill: SpillFile | None) -> list[Stream]:
+        """Text of the original's own to train on, on its way through the original, if there is any."""
+        if self.tuning is None or writer.amended is not None:
+            return []
+        windows = self.calibration.windows
+        ids = self.tuning.text(windows, writer.state, clock.say)
+        if ids is None:
+            return []
+        return [self.walk.stream(ids, None, max(1, self.work.room.batch_tokens // windows.length), (), spill)]
 
     def _mine(self, name: str, block: nn.Module) -> list[str]:
         """The layers of a block that are to be solved; what it shares with earlier blocks is solved there."""

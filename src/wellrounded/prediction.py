@@ -6,7 +6,6 @@ largest is its peak. Every number here is checked against runs in dev/LOG.md.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from math import prod
@@ -23,55 +22,18 @@ from .model import blocks as layers_of
 from .model.inputs import STACK_BYTES
 from .model.stream import LARGE
 from .plan import Plan
+from .presets import FAST, Preset
 from .progress import duration
 from .rates import Rates
+from .room import BATCH_TOKENS, Room, Workload, rooms
+from .sampling import AT_ONCE
 from .shapes import Block, Siblings, block_of, bytes_of
+from .training import Training
 
 OVERHEAD = 340 * 2**20  # of a process at work: buffers of matrix products, threads, what the allocator holds back
 CONTEXT = 600 * 2**20  # what a GPU's driver takes for a process
-BATCH_TOKENS = 4096  # enough for matmuls at full speed
-
-
-@dataclass(frozen=True)
-class Room:
-    """How much a run keeps in memory, from fast to frugal.
-
-    batch_tokens  per forward pass, one window at least; only this changes the last bits of the result
-    waits         batches wait inside a block for its layers to be solved (siblings.staged), or run anew for each set
-    spills        hidden states, and what a batch alone is given, lie in a file
-    maps          large Hessians and factors lie in files that are mapped into memory
-    """
-
-    batch_tokens: int = BATCH_TOKENS
-    waits: bool = True
-    spills: bool = False
-    maps: bool = False
-
-    def __str__(self) -> str:
-        parts = [f"batches of {self.batch_tokens:,} tokens"]
-        parts += [] if self.waits else ["blocks run again for each set of layers"]
-        parts += ["activations on disk"] if self.spills else []
-        parts += ["large matrices on disk"] if self.maps else []
-        return ", ".join(parts)
-
-
-@dataclass(frozen=True)
-class Workload:
-    """One process's share of a run: windows to calibrate on, and held-out ones, of one length; none for no data.
-
-    processes  how many there are, to share the layers of a set of siblings too
-    """
-
-    windows: int
-    held_out: int
-    length: int
-    padded: bool = False
-    processes: int = 1
-
-    @property
-    def tokens(self) -> int:
-        """Of the calibration windows, padding included."""
-        return self.windows * self.length
+WRITING = 3.0  # times what reading takes: one token of each window at a time
+STATES = 4  # hidden states of a step's windows besides what entered each block: teacher's, slopes, those on their way
 
 
 @dataclass(frozen=True)
@@ -114,13 +76,21 @@ class Forecast:
 class Forecaster:
     """Knows a model's shapes and predicts runs of it in various rooms.
 
-    base  what the process holds already, in bytes
+    base    what the process holds already, in bytes
+    preset  what is done for accuracy
     """
 
     def __init__(
-        self, source: Source, plan: Plan, names: list[str], work: Workload, device: str = "cpu", base: int = 0
-    ) -> None:
+        self, source: Source, plan: Plan, names: list[str], work: Workload, device: str = "cpu", base: int = 0,
+        preset: Preset = FAST,
+    ) -> None:  # fmt: skip
         self.source, self.plan, self.work, self.device, self.base = source, plan, work, device, base
+        self.settings, self.training = preset.settings, preset.training if work.windows else None
+        # Whether what layers read is compared with the original, and whether that is on its way beside: see pipeline.
+        self.compared = self.settings.paired and self.settings.true_sequential
+        self.streams = 2 if self.settings.paired or self.training else 1
+        residual, weighed = self.settings.residual, self.settings.token_weights
+        self.told = (residual + (residual or weighed)) if self.compared else 0  # residuals that are compared, by token
         model = source.model
         self.hidden = _width(model)
         self.blocks = [block_of(name, model.get_submodule(name), plan, self.hidden, model) for name in names]
@@ -130,6 +100,9 @@ class Forecaster:
         text = config.get_text_config() if hasattr(config, "get_text_config") else config
         self.vocabulary = getattr(text, "vocab_size", 0) or 0
         self.single = max(source.sizes.values(), default=0)
+        shapes = [(*layers_of.shape_of(model.get_submodule(name)), scheme) for name, scheme in plan.schemes.items()]
+        self.codes = sum(outputs * inputs for outputs, inputs, _ in shapes)
+        self.groups = sum(outputs * scheme.groups(inputs) for outputs, inputs, scheme in shapes)
 
     def phases(self, room: Room) -> dict[str, int]:
         """Bytes alive at the peak of each phase of a run, the process itself included."""
@@ -141,20 +114,66 @@ class Forecaster:
         kept = self._kept(room)
         batch = max(self.work.length, room.batch_tokens // self.work.length * self.work.length)
         found = {"reading": base + kept + self.outside + largest}
-        forward, solving = 0, 0
+        forward, solving = 0.0, 0.0
         for block in self.blocks:
-            here = base + kept + block.bytes * (1 + self.plan_bits / 16)
-            if room.waits:
-                here += self.work.tokens * block.waiting * 2
-            hessians = max((_at_once(s) * _square(s, room) for s in block.sets), default=0)
-            forward = max(forward, here + hessians + batch * block.working * 2)
+            here = base + kept + self._inside(block, room)
+            matrices = max((self._matrices(one, room) for one in block.sets), default=0)
+            counting = max((22 * one.inputs for one in block.sets if self._compares(one)), default=0)
+            forward = max(forward, here + matrices + batch * max(block.working * 2, counting))
             solving = max(solving, here + self._solving(block, room))
         found |= {"running a block": int(forward), "solving": int(solving)}
-        # Two windows' logits, in bfloat16, and the rows of them that are compared in float32.
-        logits = self.work.length * self.vocabulary * 2 * 2 + 32 * self.vocabulary * 4 * 6
         if self.work.held_out:
-            found["comparing"] = base + kept + self.outside + logits
+            found["comparing"] = base + kept + self.outside + self._logits(2)
+        if self.training:
+            found["training"] = int(base + kept + self.outside + self._training(batch))
+            found["writing text to train on"] = int(base + kept + self._writing())
         return found
+
+    def _inside(self, block: Block, room: Room) -> float:
+        """A block, what of it is packed already, and what waits in it, beside the block as it was and what waits there.
+
+        What layers add to a residual is kept, too, until it has been compared.
+        """
+        inside = block.bytes * (1 + self.compared + self.plan_bits / 16)
+        if room.waits:
+            inside += self.work.tokens * (1 + self.compared) * block.waiting * 2
+            inside += self.work.tokens * self.hidden * 2 * self.told
+        return inside
+
+    def _compares(self, one: Siblings) -> bool:
+        """Whether it is known what these layers read in the original model."""
+        return self.compared and one.experts == 1
+
+    def _writes(self, one: Siblings) -> bool:
+        """Whether this is a layer that may write to the residual stream, and is compared by that."""
+        return self._compares(one) and self.settings.residual and one.weights == (self.hidden,)
+
+    def _matrices(self, one: Siblings, room: Room) -> int:
+        """Hessians of siblings; with what they read in the original, moments of all tokens and of held-out ones."""
+        if not self._compares(one):
+            return _at_once(one) * _square(one, room)
+        return 4 * _square(one, room) + 2 * 4 * one.outputs * one.inputs * self._writes(one)
+
+    def _logits(self, copies: int) -> int:
+        """One window's logits so many times, in bfloat16, and the rows of them that are compared in float32."""
+        return self.work.length * self.vocabulary * 2 * copies + 32 * self.vocabulary * 4 * 6
+
+    def _writing(self) -> float:
+        """The whole model, keys and values of the windows that it continues side by side, and their next tokens."""
+        cache = sum(block.keys for block in self.blocks) * self.work.length * 2
+        return bytes_of(self.source.model) + AT_ONCE * (cache + self.vocabulary * 4 * 4)
+
+    def _training(self, batch: int) -> float:
+        """Codes of all layers, what is known of each scale, and one block with the graph of one batch, or logits.
+
+        Of a scale: itself, the best and, in float32, what is learned, its slope and two moments. What entered every
+        block is kept for a step's windows.
+        """
+        assert self.training is not None
+        step = self.training.windows_per_step * self.work.length
+        states = (len(self.blocks) + STATES) * step * self.hidden * 2
+        graphs = (block.bytes + min(step, batch) * block.graph * 2 for block in self.blocks)
+        return self.codes + self.groups * 21 + states + max(*graphs, self._logits(4))
 
     @property
     def plan_bits(self) -> float:
@@ -167,17 +186,23 @@ class Forecaster:
         if room.spills:
             return 0
         tokens = self.work.tokens + 2 * self.work.held_out * self.work.length
-        return tokens * self.hidden * 2 + (tokens * self.work.length if self.work.padded else 0)
+        masks = tokens * self.work.length if self.work.padded else 0
+        others = (self.streams - 1) * self.work.tokens + self._written()
+        return (tokens + others) * self.hidden * 2 + masks
+
+    def _written(self) -> int:
+        """Tokens that the model writes to be trained on."""
+        return self.training.steps * self.training.windows_per_step * self.work.length if self.training else 0
 
     def _solving(self, block: Block, room: Room, with_data: bool = True) -> int:
-        """Hessians, and what solving takes, of the set of the block that takes most."""
+        """Hessians, factors, and what else solving takes, of the set of the block that takes most."""
         most = 0
         for one in block.sets:
             members = _at_once(one) if with_data else 1
-            matrices = 4 * one.inputs**2
-            working = gptq.working_bytes(one.inputs, one.outputs, members) - members * matrices
-            squares = 2 * members * _square(one, room) if with_data else 0
-            most = max(most, squares + working + 2 * members * one.outputs * one.inputs)
+            working = gptq.working_bytes(one.inputs, one.outputs, members) - members * 4 * one.inputs**2
+            if with_data:
+                working += self._matrices(one, room) + members * _square(one, room)
+            most = max(most, working + 2 * members * one.outputs * one.inputs)
         return most
 
     def output_bytes(self) -> int:
@@ -234,29 +259,36 @@ class Forecaster:
         total = rates.startup + 2 * self.source.bytes / rates.reading + self.output_bytes() / rates.writing
         for block in self.blocks:
             runs = 1.0 if room.waits else 1 + sum(range(len(block.sets))) / max(len(block.sets), 1)
-            tokens = work.tokens * runs + 2 * work.held_out * work.length + min(work.length, work.tokens)
-            attention = 2 * work.length * self.hidden
-            total += tokens * (2 * block.active + attention) / rates.products
-            for one in block.sets:
-                reached = work.tokens * one.share * one.experts
-                total += reached * one.inputs**2 / rates.gram
-                experts = -(-one.experts // work.processes)
-                outputs = one.outputs if one.experts > 1 else _largest_share(one.weights, work.processes)
-                total += experts * rates.solving(one.inputs, outputs, bool(work.windows))
-        compared = work.held_out * work.length * self.vocabulary
-        return total + 2 * compared * (2 * self.hidden / rates.products + 1 / rates.comparing)
+            tokens = work.tokens * runs * self.streams + 2 * work.held_out * work.length
+            tokens += min(work.length, work.tokens)  # to find siblings
+            if self.compared:  # and writers: each is tried once, and nothing once
+                tried = 1 + sum(self._writes(one) for one in block.sets)
+                tokens += tried * min(max(room.batch_tokens, work.length), work.tokens)
+            total += rates.running(block, tokens, work.length * self.hidden)
+            total += sum(self._set_seconds(one, rates) for one in block.sets)
+        if self.training:
+            total += self._training_seconds(rates, self.training)
+        return total + 2 * rates.answering(work.held_out * work.length, self.hidden, self.vocabulary)
 
+    def _set_seconds(self, one: Siblings, rates: Rates) -> float:
+        """To count what layers read, and to solve them."""
+        work = self.work
+        seconds = work.tokens * one.share * one.experts * one.inputs**2 / rates.gram
+        if self._compares(one):
+            seconds += work.tokens * one.inputs * (one.inputs + one.outputs * self._writes(one)) / rates.drift
+        experts = -(-one.experts // work.processes)
+        outputs = one.outputs if one.experts > 1 else _largest_share(one.weights, work.processes)
+        return seconds + experts * rates.solving(one.inputs, outputs, bool(work.windows))
 
-def rooms(tokens: int, length: int) -> Iterator[Room]:
-    """From the fastest to the most frugal."""
-    yield Room(tokens)
-    yield Room(tokens, waits=False)
-    while True:
-        yield Room(tokens, waits=False, spills=True)
-        if tokens <= length:
-            break
-        tokens = max(length, tokens // 2)
-    yield Room(tokens, waits=False, spills=True, maps=True)
+    def _training_seconds(self, rates: Rates, training: Training) -> float:
+        """A window goes through each block, again with a graph, and back for twice as much; others are looked at."""
+        length = self.work.length
+        learned = self._written()
+        seen = (training.steps // training.every + 2) * -(-self.work.held_out // 2) * length
+        tokens = (5.5 + 1 + WRITING) * learned + seen  # they are written, and go through the original
+        blocks = sum(rates.running(block, tokens, length * self.hidden) for block in self.blocks)
+        behind = rates.answering(3 * learned + 2 * seen, self.hidden, self.vocabulary)
+        return blocks + behind + self.source.bytes / rates.reading
 
 
 def _largest_share(outputs: tuple[int, ...], processes: int) -> int:

@@ -23,7 +23,11 @@ DEFAULT = Preset(
     "makes up for the error of earlier layers, as far as held-out tokens bear it out",
     replace(FAST.settings, upstream=True, residual=True, token_weights=True),
 )
-BEST = Preset("and then trains scales and norms against the original's answers", DEFAULT.settings, Training())
+BEST = Preset(
+    "also rotates values inside attention heads, and then trains scales and norms against the original's answers",
+    replace(DEFAULT.settings, rotate=True),
+    Training(),
+)
 PRESETS = {"fast": FAST, "default": DEFAULT, "best": BEST}
 
 

@@ -11,10 +11,10 @@ from statistics import median
 import torch
 
 from .core import gptq, rtn
-from .core.hessian import Hessian
 from .core.scheme import Scheme
 from .formats.gptq import to_tensors
-from .model.inputs import Member
+from .model.inputs import HERE, Member
+from .shapes import Block
 from .solving import solve
 
 SHORT = 0.15  # seconds per measurement, at least
@@ -23,8 +23,9 @@ FEW = 64  # tokens: what solving takes does not depend on them
 
 @dataclass(frozen=True)
 class Rates:
-    """All per second: floating-point operations of bfloat16 products, multiply-adds of X^T X, weights, and bytes.
+    """All per second: floating-point operations of bfloat16 products, multiply-adds of sums, weights, and bytes.
 
+    gram, drift     multiply-adds [tokens, n, n] of X^T X, of which half are done, and of (X - X_q)^T X_q
     square, linear  seconds of solving per weight and input column, and per weight;  cubic  per input column cubed
     rounding        seconds of plain rounding per weight
     startup         seconds until work begins
@@ -37,6 +38,7 @@ class Rates:
     cubic: float
     rounding: float
     comparing: float
+    drift: float
     reading: float = 1e9
     writing: float = 5e8
     startup: float = 8.0
@@ -48,6 +50,14 @@ class Rates:
             return weights * self.rounding
         return weights * (inputs * self.square + self.linear) + inputs**3 * self.cubic
 
+    def running(self, block: Block, tokens: float, context: int) -> float:
+        """Seconds for tokens to go through a block; `context` is a window's length times a hidden state's size."""
+        return tokens * 2 * (block.active + context) / self.products
+
+    def answering(self, tokens: float, hidden: int, vocabulary: int) -> float:
+        """Seconds to compute and to compare the logits of so many tokens."""
+        return tokens * vocabulary * (2 * hidden / self.products + 1 / self.comparing)
+
 
 def measure(device: str, settings: gptq.Settings) -> Rates:
     """The rates of this machine's `device`, now."""
@@ -55,7 +65,9 @@ def measure(device: str, settings: gptq.Settings) -> Rates:
     weight = torch.randn(2048, 1024, device=device).bfloat16() * 0.02
     scheme = Scheme(4, 128)
     products = 2 * x.numel() * len(weight) / _seconds(lambda: torch.nn.functional.linear(x, weight), device)
-    gram = len(x) * 1024**2 / _seconds(lambda: Hessian(1024, device).update(x), device)
+    rows, moments = len(x) * 1024**2, HERE.moments(1024, x.device)
+    gram = rows / (counting := _seconds(lambda: moments.hessian.update(x), device))
+    drift = rows / max(_seconds(lambda: moments.update(x, x), device) - counting, counting / 4)
     small, large = (
         _seconds(partial(_solve, weight[:, :inputs], x[:, :inputs], scheme, settings), device) for inputs in (256, 1024)
     )
@@ -66,14 +78,18 @@ def measure(device: str, settings: gptq.Settings) -> Rates:
     rounding = _seconds(lambda: rtn.solve(weight, None, scheme), device) / weight.numel()
     logits = torch.randn(32, 32768, device=device)
     comparing = 2 * logits.numel() / _seconds(lambda: torch.log_softmax(logits.bfloat16().float(), -1).exp(), device)
-    return Rates(products, gram, square, linear, 1 / gram / 3, rounding, comparing / 3)
+    factors = (1 + max(1, len(settings.dampings))) if settings.paired else 1
+    return Rates(products, gram, square, linear, factors / gram / 3, rounding, comparing / 3, drift)
 
 
 def _solve(weight: torch.Tensor, x: torch.Tensor, scheme: Scheme, settings: gptq.Settings) -> None:
     """All that happens to a layer once its inputs are counted: solved, judged, put back and packed."""
-    hessian = Hessian(x.shape[1], x.device)
-    hessian.update(x[: 2 * FEW])
-    member = Member(["layer"], hessian, hessian.tokens)
+    moments, held_out = (HERE.moments(x.shape[1], x.device) for _ in range(2))
+    for one in (moments, held_out):
+        one.update(x[:FEW], x[FEW : 2 * FEW])
+    moments.merge(held_out)
+    more = (moments, held_out) if settings.paired else ()
+    member = Member(["layer"], moments.hessian, moments.tokens, *more)
     for quantized, _ in solve([["layer"]], [[weight]], [member], scheme, settings, True):
         quantized.dequantize(torch.bfloat16)
         to_tensors(quantized, "gptq")

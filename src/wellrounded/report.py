@@ -26,7 +26,7 @@ class LayerResult:
     rtn_error_db is what plain rounding, the same grid without data, would have given. Both are None where no
     calibration token reached the layer. `fallback` says in a sentence why the layer was not solved as asked. `upstream`
     and `residual` are the shares of the errors in what it reads, and in what its output is added to, that the layer
-    makes up for, which makes its own error larger.
+    makes up for: its errors are then those against the weight W* that it aimed for instead of W.
     """
 
     name: str

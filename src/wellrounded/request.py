@@ -111,7 +111,8 @@ class Request:
 
     def _forecaster(self, run: Run, work: Workload) -> Forecaster:
         give_back()
-        return Forecaster(run.source, run.plan, run.walk.names, work, run.device, rss_bytes())
+        chosen = replace(preset(self.preset), settings=self.settings)
+        return Forecaster(run.source, run.plan, run.walk.names, work, run.device, rss_bytes(), chosen)
 
     def _room(self, run: Run, work: Workload) -> tuple[Room, int, str]:
         """How much the run keeps in memory, its peak in bytes, and what to be afraid of.

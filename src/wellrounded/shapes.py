@@ -32,7 +32,8 @@ class Block:
     """One block: bytes in memory, sets of siblings to be solved, and widths in elements per token.
 
     working  alive while a batch runs through it, besides its hidden state;  waiting  while it waits in it
-    active   weights that one token meets
+    active   weights that one token meets;  graph  alive while a slope is followed back through it
+    keys     what it keeps of a token for those that follow, about
     """
 
     bytes: int
@@ -40,6 +41,8 @@ class Block:
     working: int
     waiting: int
     active: int
+    graph: int
+    keys: int
 
 
 def block_of(name: str, block: nn.Module, plan: Plan, hidden: int, model: nn.Module) -> Block:
@@ -71,7 +74,16 @@ def block_of(name: str, block: nn.Module, plan: Plan, hidden: int, model: nn.Mod
     active = sum(s.inputs * s.outputs * s.share * s.experts for mine in parents.values() for s in mine)
     widths = {one.inputs for one in planned}
     sets = tuple(one for mine in parents.values() for one in mine if one.inputs in widths)
-    return Block(bytes_of(block), sets, int(working) + 3 * hidden, int(waiting) + 2 * hidden, int(active))
+    graph = sum(2 * _alive(mine) + sum(one.width for one in mine) for mine in parents.values())
+    return Block(
+        bytes_of(block),
+        sets,
+        int(working) + 3 * hidden,
+        int(waiting) + 2 * hidden,
+        int(active),
+        int(graph) + 12 * hidden,
+        max(map(_keys, parents.items()), default=0),
+    )
 
 
 def _alive(mine: list[Siblings]) -> float:
@@ -82,6 +94,12 @@ def _waiting(parent: str, mine: list[Siblings]) -> float:
     """An attention keeps what its first layers wrote while the last one is solved, an MLP only the product."""
     first = sum(one.outputs for one in mine[:1]) if "att" in parent.lower() else 0
     return first + mine[-1].width
+
+
+def _keys(parent: tuple[str, list[Siblings]]) -> int:
+    """What an attention's first layers write beside its queries."""
+    name, mine = parent
+    return sum(mine[0].weights[1:]) if "att" in name.lower() else 0
 
 
 def _chosen(model: nn.Module, experts: int) -> int:

@@ -19,6 +19,7 @@ from .model.inputs import Member
 from .report import LayerResult
 
 ERROR_ROWS = 2048  # of a layer whose error is measured, evenly spaced: for more, it would cost as much as solving does
+AIM_ROWS = 512  # the same, where what a layer aims for must be worked out
 ERROR_ELEMENTS = 2**22  # float32 weights whose errors are measured at a time: plain rounding takes ten times as much
 Solved = tuple[QuantizedWeight, LayerResult]
 
@@ -52,12 +53,12 @@ def solve(
     """
     rows = [len(weight) for weight in weights[0]]
     try:
-        solutions = _solutions(weights, members, scheme, settings, calibrated)
+        solutions, aims = _solutions(weights, members, scheme, settings, calibrated)
         for member, mine, layers, (solved, chosen, fallback) in zip(members, weights, names, solutions):
             if member.filled and fallback is None:
                 fallback = f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
-            for name, weight, piece in zip(layers, mine, solved.split(rows)):
-                errors = errors_db(weight, piece, member.hessian) if member.hessian is not None else (None, None)
+            for name, weight, piece, aim in zip(layers, mine, solved.split(rows), aims):
+                errors = errors_db(weight, piece, member.hessian, aim) if member.hessian is not None else (None, None)
                 about = (name, str(scheme), weight.numel(), member.tokens, *errors)
                 if chosen is None:
                     yield piece, LayerResult(*about, None, fallback)
@@ -67,24 +68,33 @@ def solve(
         raise NumericsError(f"{', '.join(name for layers in names for name in layers)}: {error}") from None
 
 
-def errors_db(weight: torch.Tensor, quantized: QuantizedWeight, hessian: Hessian) -> tuple[float, float]:
+def errors_db(
+    weight: torch.Tensor, quantized: QuantizedWeight, hessian: Hessian, aim: torch.Tensor | None = None
+) -> tuple[float, float]:
     """10 log10 of `tr(E H E^T) / tr(W H W^T)`, E = W - Q, for `quantized` and for plain rounding of `weight`.
 
-    Some rows at a time, beside the Hessian's own matrix: report.error_db is the definition. Of layers with more than
-    ERROR_ROWS outputs, rows evenly spaced stand for all.
+    Where something else than the weight was aimed for, E is the distance to that, `aim`, of AIM_ROWS rows. Some rows at
+    a time, beside the Hessian's own matrix: report.error_db is the definition. Of layers with many outputs, rows
+    evenly spaced stand for all.
     """
-    every = -(-len(weight) // ERROR_ROWS)
+    every = spaced(weight, ERROR_ROWS if aim is None else AIM_ROWS).step
     weight, quantized = weight[::every], quantized.every(every)
     some = [part.stop - part.start for part in gptq.chunks(*weight.shape, elements=ERROR_ELEMENTS)]
     lost = plain = signal = 0.0
-    for rows, chosen in zip(weight.split(some), quantized.split(some)):
-        rows = rows.detach().float()
-        lost += _energy(rows - chosen.dequantize(), hessian)
-        plain += _energy(rows - rtn.solve(rows, None, quantized.scheme).dequantize(), hessian)
+    aims = (weight if aim is None else aim).split(some)
+    for rows, chosen, wanted in zip(weight.split(some), quantized.split(some), aims):
+        rows, wanted = rows.detach().float(), wanted.detach().float()
+        lost += _energy(wanted - chosen.dequantize(), hessian)
+        plain += _energy(wanted - rtn.solve(rows, None, quantized.scheme).dequantize(), hessian)
         signal += _energy(rows, hessian)
     least = 1e-30
     mine, theirs = (10 * log10(max(each, least) / max(signal, least)) for each in (lost, plain))
     return mine, theirs
+
+
+def spaced(weight: torch.Tensor, most: int) -> slice:
+    """So many rows of a layer at most, evenly spaced."""
+    return slice(None, None, -(-len(weight) // most))
 
 
 def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
@@ -94,12 +104,16 @@ def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
 
 def _solutions(
     weights: list[list[torch.Tensor]], members: list[Member], scheme: Scheme, settings: gptq.Settings, calibrated: bool
-) -> list[tuple[QuantizedWeight, choice.Choice | None, str | None]]:
-    """For each member, its quantized form, what was chosen, None if it was rounded plainly, and why it differs."""
+) -> tuple[list[tuple[QuantizedWeight, choice.Choice | None, str | None]], list[torch.Tensor | None]]:
+    """For each member, its quantized form, what was chosen, None if it was rounded plainly, and why it differs.
+
+    And for each layer AIM_ROWS of what was aimed for, evenly spaced, or None if that were the weights.
+    """
+    nothing: list[torch.Tensor | None] = [None] * len(weights[0])
     known = [member.hessian for member in members if member.hessian is not None]
     if len(known) < len(members):  # no token reached any of them
         why = "no calibration token reached this layer" if calibrated else None
-        return [(_rounded(mine, None, scheme), None, why) for mine in weights]
+        return [(_rounded(mine, None, scheme), None, why) for mine in weights], nothing
     rows, (moments, held) = sum(len(weight) for weight in weights[0]), (members[0].moments, members[0].held_out)
     chosen, aim = choice.Choice(settings.damping), None
     if moments is not None and held is not None:
@@ -111,7 +125,10 @@ def _solutions(
     if moments is not None and not isinstance(prepared.factors.damping[0], FactorError):
         aim = partial(choice.target, moments=moments, prepared=prepared, choice=chosen)
     quantized = prepared.solve(rows, partial(_taken, weights, aim))
-    dampings = prepared.factors.damping
+    dampings, aims = prepared.factors.damping, nothing
+    if aim is not None:
+        rows_of = ((weight, spaced(weight, AIM_ROWS)) for weight in weights[0])
+        aims = [aim(weight[some].detach().float(), rows=some) for weight, some in rows_of]
     del prepared, aim  # and with them the factors, which are large
     found: list[tuple[QuantizedWeight, choice.Choice | None, str | None]] = []
     for mine, hessian, solved, damping in zip(weights, known, quantized, dampings):
@@ -120,13 +137,17 @@ def _solutions(
             continue
         why = f"damping raised from {settings.damping:g} to {damping:g}" if damping > settings.damping else None
         found.append((solved, replace(chosen, damping=damping), why))
-    return found
+    return found, aims
 
 
 def _taken(weights: list[list[torch.Tensor]], aim: Callable[..., torch.Tensor] | None, some: slice) -> torch.Tensor:
     """[members, some, in]: rows of what is to be rounded: the weights, or what `aim` makes of those of one member."""
-    mine = _stacked([_rows(one, some) for one in weights])
-    return mine if aim is None else aim(mine[0].detach().float(), rows=some).unsqueeze(0)
+    if aim is None:
+        return _stacked([_rows(one, some) for one in weights])
+    # What aiming takes besides is several times what it is given: some of the rows at a time.
+    few = gptq.chunks(some.stop - some.start, weights[0][0].shape[1], gptq.ROW_ELEMENTS // 4)
+    parts = [slice(some.start + part.start, some.start + part.stop) for part in few]
+    return torch.cat([aim(_rows(weights[0], part).detach().float(), rows=part) for part in parts]).unsqueeze(0)
 
 
 def _rounded(weights: list[torch.Tensor], hessian: Hessian | None, scheme: Scheme) -> QuantizedWeight:

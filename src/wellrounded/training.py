@@ -35,7 +35,7 @@ class Training:
     every      steps from one look at held-out text, and one writing of the checkpoint, to the next
     """
 
-    steps: int = 64
+    steps: int = 32
     windows_per_step: int = 8
     scale_rate: float = 1e-3
     norm_rate: float = 3e-4

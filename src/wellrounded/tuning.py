@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from .calibration.windows import Windows
 from .core.weight import QuantizedWeight
 from .learned import shared_modules
 from .ledger import Ledger
 from .model.stream import Stream
 from .model.walk import BlockWalk
+from .sampling import sampled
 from .student import Student
 from .training import Training, train
 
@@ -26,6 +28,18 @@ class Tuning:
     def __init__(self, walk: BlockWalk, ledger: Ledger, version: str, training: Training) -> None:
         self.walk, self.ledger, self.version, self.training = walk, ledger, version, training
         self.owners = shared_modules(walk.model)
+
+    def text(self, windows: Windows, states: Callable[[str], Path], say: Callable[[str], None]) -> torch.Tensor | None:
+        """int64 [n, length], what to train on instead of the calibration windows, which have been fitted to already.
+
+        None where the model continues no plain text.
+        """
+        causal = getattr(self.walk.model, "can_generate", lambda: False)()
+        if windows.mask is not None or windows.more or not causal:
+            say("training on the calibration text: the original cannot continue it")
+            return None
+        count = self.training.steps * self.training.windows_per_step
+        return sampled(self.walk, windows.ids, count, self.training.seed, states("sampled"), say)
 
     def tune(
         self, quantized: Mapping[str, QuantizedWeight], teacher: Stream, held: Stream | None, state: Path,

@@ -161,14 +161,14 @@ class Writer:
         states = self.partial.glob("*.state")
         also = [self.partial / AMENDMENT] if self.amended is not None else []
         self._clear({*at.values(), self.replaced, *states, *also, *([self.ready] if finishing else [])})
-        for path in also:
-            self._amendment = TensorFile(path)
         opened: dict[Path, TensorFile] = {}
-        for part, path in at.items():
-            try:
-                self._files[part] = opened[path] = opened.get(path) or TensorFile(path)
-            except CheckpointError:
-                raise CheckpointError(f"{path}: a finished part is missing or damaged; --fresh starts over") from None
+        try:
+            for path in (*also, *at.values()):
+                opened[path] = opened.get(path) or TensorFile(path)
+        except CheckpointError:
+            raise CheckpointError(f"{path}: a finished part is missing or damaged; --fresh starts over") from None
+        self._amendment = opened[also[0]] if also else None
+        self._files = {part: opened[path] for part, path in at.items()}
 
     def _clear(self, but: Iterable[Path] = ()) -> None:
         keep = {*but, self._journal.path}
@@ -253,7 +253,11 @@ class Writer:
         """Replace tensors of finished parts by others of the same shapes and dtypes: all of them, or none.
 
         They lie in a file of their own until the result is finished. `notes`, not None, come back on resuming.
+        Raises CheckpointError for a tensor that no finished part has.
         """
+        there = {name for file in self._files.values() for name in file.entries}
+        if strange := tensors.keys() - there:
+            raise CheckpointError(f"{min(strange)} was to be replaced, and is in no finished part; please report this")
         path = self.partial / AMENDMENT
         with _writing(path):
             self._put(path, lambda place: files.write(place, tensors))

@@ -11,8 +11,8 @@ import tiny
 import tiny_configs
 from wellrounded.model.blocks import linears
 from wellrounded.model.experts import fused_experts, take_apart
-from wellrounded.model.inputs import HELD_OUT, Bank, Paired
-from wellrounded.model.originals import Twin
+from wellrounded.model.inputs import Bank, Paired
+from wellrounded.model.originals import HELD_OUT, Twin
 from wellrounded.model.walk import BlockWalk
 from wellrounded.model.weights import meta_copy
 
@@ -32,7 +32,8 @@ WRITERS = {
     "olmo2": [],
 }
 KINDS = ["llama", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "phi", "mixtral", "qwen3_moe"]
-LATE = tiny.LENGTH - tiny.LENGTH // HELD_OUT  # from here on a window's tokens are held out
+WINDOWS = 9
+SHARE = 0.01  # how well it is known which part of what is written arrives, and with it all that it decides
 
 
 def dense(kind: str, **changes: Any) -> nn.Module:
@@ -41,10 +42,10 @@ def dense(kind: str, **changes: Any) -> nn.Module:
     return model
 
 
-def padding(windows: int) -> torch.Tensor:
+def padding() -> torch.Tensor:
     """Some windows begin with padding, one ends with it."""
-    mask = torch.ones(windows, tiny.LENGTH, dtype=torch.bool)
-    mask[0, :7] = mask[3, :3] = mask[1, -2:] = False
+    mask = torch.ones(WINDOWS, tiny.LENGTH, dtype=torch.bool)
+    mask[0, :7] = mask[3, :3] = mask[7, :9] = mask[1, -2:] = False
     return mask
 
 
@@ -90,10 +91,10 @@ def hooked(model: nn.Module, blocks: list[str], ids: torch.Tensor, mask: torch.T
 class Walked:
     """A walk through a model whose layers are rounded coarsely as they are solved, its original beside it."""
 
-    def __init__(self, kind: str, how: str = "staged", padded: bool = False, batch: int = 2, tracks: bool = True,
+    def __init__(self, kind: str, how: str = "staged", padded: bool = False, batch: int = 4, tracks: bool = True,
                  weighs: bool = True, **changes: Any) -> None:  # fmt: skip
-        self.model, self.ids = dense(kind, **changes), tiny.ids(5)
-        self.mask = padding(5) if padded else None
+        self.model, self.ids = dense(kind, **changes), tiny.ids(WINDOWS)
+        self.mask = padding() if padded else None
         self.walk = BlockWalk(meta_copy(self.model, torch.float32), self.model.state_dict().get)
         self.original = hooked(self.model, self.walk.names, self.ids, self.mask)
         self.mixed = copy.deepcopy(self.model)  # what is solved so far is coarse, the rest is dense
@@ -132,15 +133,16 @@ class Walked:
         return hooked(self.mixed, self.walk.names, self.ids, self.mask)
 
 
-def real(walked: Walked, late: bool) -> torch.Tensor:
-    """bool [windows, length]: the tokens that are no padding; the late ones of each window, or all."""
-    some = torch.ones(5, tiny.LENGTH, dtype=torch.bool) if walked.mask is None else walked.mask.clone()
-    some[:, : LATE if late else 0] = False
+def real(walked: Walked, held_out: bool) -> torch.Tensor:
+    """bool [windows, length]: the tokens that are no padding, of all windows or of every eighth."""
+    some = torch.ones(WINDOWS, tiny.LENGTH, dtype=torch.bool) if walked.mask is None else walked.mask.clone()
+    for window in range(WINDOWS if held_out else 0):
+        some[window] &= window % HELD_OUT == HELD_OUT - 1
     return some
 
 
-def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | None = None) -> bool:
-    return bool((found - expected).norm() <= 1e-4 * (expected if scale is None else scale).norm())
+def close(found: torch.Tensor, expected: torch.Tensor, of: torch.Tensor | None = None, tolerance: float = 1e-4) -> bool:
+    return bool((found - expected).norm() <= tolerance * (expected if of is None else of).norm())
 
 
 # ---- what layers read ----
@@ -151,21 +153,19 @@ def close(found: torch.Tensor, expected: torch.Tensor, scale: torch.Tensor | Non
 @pytest.mark.parametrize("kind", KINDS)
 def test_layers_are_compared_with_what_they_read_in_the_dense_model(kind, how, padded):
     """Every token alike: the drift is that of the dense model's own inputs from those of the half-quantized one."""
-    walked, drifted = Walked(kind, how, padded, weighs=False, tracks=False), 0
+    walked, drifted = Walked(kind, how, padded, weighs=False, tracks=False), list[bool]()
     for known in walked.sets():
         name = f"{walked.walk.names[known.block]}.{known.names[0]}"
         x, x_q = walked.original.read[name], walked.now().read[name]
-        for moments, late in ((known.moments, False), (known.held_out, True)):
-            rows = real(walked, late)
+        for moments, held_out in ((known.moments, False), (known.held_out, True)):
+            rows = real(walked, held_out)
             assert moments.tokens == int(rows.sum())
             second = x_q[rows].T @ x_q[rows]
             assert close(moments.hessian.mirrored(), second), name
             assert close(moments.drift, x[rows].T @ x_q[rows] - second, second), name
             assert moments.residual is None
-        drifted += not close(x, x_q)
-        first = known.block == 0 and known.names[0] == next(iter(walked.original.read)).removeprefix("model.layers.0.")
-        assert first is not bool(moments.drift.any()) or kind == "gpt2", "before the first set nothing has drifted"
-    assert drifted >= 2 * len(walked.walk.names)
+        drifted.append(bool(known.moments.drift.any()))
+    assert not drifted[0] and sum(drifted) >= 5, "before the first set is solved nothing has drifted"
 
 
 def test_the_original_goes_through_all_blocks_as_the_dense_model_does():
@@ -189,7 +189,7 @@ def test_writers_are_the_layers_whose_output_joins_the_residual_as_it_is(kind):
     stream = walk.stream(tiny.ids(2), None, batch=2)
     for index, _, block in walk:
         found = walk.writers(index, stream, walk.siblings(index, stream, list(linears(block))))
-        assert found == {name: pytest.approx(1.0, abs=1e-3) for name in WRITERS[kind]}
+        assert found == {name: pytest.approx(1.0, abs=0.01) for name in WRITERS[kind]}
         assert not any(layer._forward_hooks for layer in block.modules())
         walk.advance(index, stream)
 
@@ -198,9 +198,10 @@ def test_a_residual_multiplier_is_the_share_that_arrives():
     model = dense("granite", residual_multiplier=0.22)
     walk = BlockWalk(meta_copy(model, torch.float32), model.state_dict().get)
     stream = walk.stream(tiny.ids(2), None, batch=2)
-    _, _, block = next(iter(walk))
-    found = walk.writers(0, stream, walk.siblings(0, stream, list(linears(block))))
-    assert found == {name: pytest.approx(0.22, abs=1e-3) for name in WRITERS["llama"]}
+    for index, _, block in walk:
+        found = walk.writers(index, stream, walk.siblings(index, stream, list(linears(block))))
+        walk.advance(index, stream)
+        assert found == {name: pytest.approx(0.22, rel=0.01) for name in WRITERS["llama"]}
 
 
 class Residual(NamedTuple):
@@ -210,33 +211,34 @@ class Residual(NamedTuple):
     joins: torch.Tensor
 
 
-def residual(seen: Seen, block: str, name: str, written: list[str], share: float) -> Residual:
+def residual(seen: Seen, block: str, name: str, earlier: list[str], shares: dict[str, float]) -> Residual:
     """What enters the block, with all that layers before this one have written."""
-    before = seen.entered[block] + sum(share * seen.wrote[f"{block}.{one}"] for one in written)
-    return Residual(before, share * seen.wrote[f"{block}.{name}"])
+    before = seen.entered[block] + sum(shares[one] * seen.wrote[f"{block}.{one}"] for one in earlier)
+    return Residual(before, shares[name] * seen.wrote[f"{block}.{name}"])
 
 
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("how", ["staged", "anew"])
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "gpt_neox", "phi", "granite", "mixtral"])
 def test_a_writer_knows_how_far_the_residuals_are_apart_and_how_much_each_token_counts(kind, how, padded):
-    share = 0.5 if kind == "granite" else 1.0
-    walked = Walked(kind, how, padded, **({"residual_multiplier": share} if kind == "granite" else {}))
+    true = 0.5 if kind == "granite" else 1.0
+    walked = Walked(kind, how, padded, **({"residual_multiplier": true} if kind == "granite" else {}))
     written: dict[int, list[str]] = {}
     for known in walked.sets():
         block, name, earlier = walked.walk.names[known.block], known.names[0], written.setdefault(known.block, [])
-        if name not in walked.writers[-1]:
+        if name not in (writers := walked.writers[-1]):
             assert known.moments.residual is None
             continue
-        now = walked.now()
-        theirs, mine = (residual(seen, block, name, earlier, share) for seen in (walked.original, now))
+        share, now = writers[name], walked.now()
+        assert share == pytest.approx(true, rel=SHARE)
+        theirs, mine = (residual(seen, block, name, earlier, writers) for seen in (walked.original, now))
         weight = 1 / (theirs.before + theirs.joins).square().mean(-1)
         x, x_q = (seen.read[f"{block}.{name}"] for seen in (walked.original, now))
-        for moments, late in ((known.moments, False), (known.held_out, True)):
-            rows = real(walked, late)
+        for moments, held_out in ((known.moments, False), (known.held_out, True)):
+            rows = real(walked, held_out)
             heavy = x_q[rows] * weight[rows].unsqueeze(1)
-            assert close(moments.hessian.mirrored(), x_q[rows].T @ heavy), name
-            assert close(moments.drift, (x - x_q)[rows].T @ heavy, heavy.T @ x_q[rows]), name
+            assert close(moments.hessian.mirrored(), second := x_q[rows].T @ heavy), name
+            assert close(moments.drift, (x - x_q)[rows].T @ heavy, second), name
             apart = (theirs.before - mine.before)[rows].T @ heavy / share
             assert close(moments.residual, apart, apart if apart.any() else heavy), name
             assert apart.any() or not (known.block or earlier), "later ones have something to make up for"
@@ -251,7 +253,7 @@ def test_a_writer_knows_how_far_the_residuals_are_apart_and_how_much_each_token_
 @pytest.mark.parametrize("kind", ["llama", "gemma3_text", "gpt_neox", "qwen3_moe"])
 def test_stages_and_single_batches_know_the_same(kind, padded):
     staged, anew, other = (
-        [*Walked(kind, how, padded, n).sets()] for how, n in (("staged", 2), ("anew", 2), ("staged", 5))
+        [*Walked(kind, how, padded, n).sets()] for how, n in (("staged", 4), ("anew", 4), ("staged", 5))
     )
     assert [known.names for known in staged] == [known.names for known in anew] == [known.names for known in other]
     for mine, theirs, coarser in zip(staged, anew, other):
@@ -261,8 +263,9 @@ def test_stages_and_single_batches_know_the_same(kind, padded):
             assert torch.equal(one.hessian.mirrored(), two.hessian.mirrored()) and torch.equal(one.drift, two.drift)
             assert (one.residual is None) is (two.residual is None) is (three.residual is None)
             assert one.residual is None or torch.equal(one.residual, two.residual)
-            assert close(three.hessian.mirrored(), one.hessian.mirrored())
-            assert close(three.drift, one.drift, one.hessian.mirrored())
+            assert close(three.hessian.mirrored(), one.hessian.mirrored(), tolerance=SHARE)
+            assert close(three.drift, one.drift, one.hessian.mirrored(), SHARE)
+            assert one.residual is None or close(three.residual, one.residual, tolerance=SHARE)
 
 
 def test_layers_that_no_batch_has_been_to_are_known_of_by_name_alone():
@@ -273,6 +276,7 @@ def test_layers_that_no_batch_has_been_to_are_known_of_by_name_alone():
 
 def test_a_batch_that_the_original_took_another_way_counts_as_unchanged():
     paired = Paired(["expert"], 8, torch.device("cpu"), originals={"expert": {0: torch.ones(3, 8)}})
+    paired.chosen_on = lambda batch, x: torch.arange(16).expand(2, 16) >= 14
     x = torch.randn(2, 16, 8)
     paired.add(x, None, 0)  # the original sent other tokens there
     paired.add(x, None, 1)  # or none

@@ -47,7 +47,7 @@ class Originals:
     theirs: Stream
     numbers: list[int]
     _read: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
-    _apart: dict[int, torch.Tensor] = field(default_factory=dict, repr=False)  # what writers have written so far
+    _wrote: dict[tuple[nn.Module, int], torch.Tensor] = field(default_factory=dict, repr=False)  # in a block so far
     _at: dict[greenlet, int] = field(default_factory=dict, repr=False)  # which batch runs there
 
     def staged(
@@ -76,7 +76,7 @@ class Originals:
             def keep(x: torch.Tensor, mask: torch.Tensor | None) -> None:
                 inputs[number] = x
 
-            self._apart.pop(number, None)
+            self._wrote.clear()  # of the batch before as well, which has been counted
             run_to(self.twin.block, place, [batches[number]], keep)
 
         with self._told():
@@ -96,19 +96,21 @@ class Originals:
         (name, *others), share = names, self.twin.writers.get(names[0], 0.0)
         if others or not share:
             return Aside()
-        layer, before = self.twin.block.get_submodule(name), self.theirs.hidden(self.numbers[batch])
-        weights = apart = None
+        layer, number = self.twin.block.get_submodule(name), self.numbers[batch]
+        before, added = self.theirs.hidden(number), self._wrote.get((self.twin.block, batch))
         if original.numel() // original.shape[-1] != before.numel() // before.shape[-1]:
             return Aside()  # not all tokens come here: an expert of a list
+        weights = apart = None
         with torch.no_grad():
             if self.twin.weighs:
-                written = layer.forward(original)  # without its hooks, which would stop it
-                residual = (before.reshape(written.shape) + share * written).float()
+                written = share * layer.forward(original)  # without its hooks, which would stop it
+                written = written if added is None else written + added.reshape(written.shape)
+                residual = (before.reshape(written.shape) + written).float()
                 weights = 1 / residual.square().mean(-1).clamp_min(1e-12)
             if self.twin.tracks:
-                apart = before - self.mine.hidden(self.numbers[batch])
-                if batch in self._apart:
-                    apart = apart + self._apart[batch].reshape(apart.shape)
+                apart = before - self.mine.hidden(number)
+                if added is not None:
+                    apart = apart + (added - self._wrote[self.block, batch]).reshape(apart.shape)
                 apart = (apart / share).reshape(*original.shape[:-1], -1)
         return Aside(weights, apart)
 
@@ -135,17 +137,18 @@ class Originals:
 
     @contextmanager
     def _told(self) -> Iterator[None]:
-        """While it lasts, what is written to the residual, here and in the twin, is compared."""
+        """While it lasts, what is written to the residual, here and in the twin, is added up."""
 
-        def wrote(sign: float, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
+        def wrote(block: nn.Module, share: float, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
             batch = self._at[getcurrent()]
-            if output.numel() != self.theirs.hidden(self.numbers[batch]).numel():
-                return
-            self._apart[batch] = sign * output + self._apart[batch] if batch in self._apart else sign * output
+            if output.numel() == self.theirs.hidden(self.numbers[batch]).numel():
+                so_far = self._wrote.get((block, batch))
+                self._wrote[block, batch] = share * output if so_far is None else so_far + share * output
 
+        blocks = [self.twin.block, *([self.block] if self.twin.tracks else [])]
         with ExitStack() as hooks:
-            for name, share in self.twin.writers.items() if self.twin.tracks else ():
-                for block, sign in ((self.twin.block, share), (self.block, -share)):
-                    handle = block.get_submodule(name).register_forward_hook(partial(wrote, sign))
+            for name, share in self.twin.writers.items():
+                for block in blocks:
+                    handle = block.get_submodule(name).register_forward_hook(partial(wrote, block, share))
                     hooks.callback(handle.remove)
             yield

@@ -1,0 +1,66 @@
+"""Text by the original model itself, to train on: the tokens that were calibrated on have been used up.
+
+Kullback-Leibler divergence is an expectation over what the original says; its own samples are what it is taken over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import tensorfile
+from .model.walk import BlockWalk
+from .model.weights import materialize, release
+
+AT_ONCE = 64  # windows that are continued side by side
+PROMPT = 8  # one part in so many of a window is read, the others are written
+CANNOT = (RuntimeError, TypeError, ValueError, AttributeError, NotImplementedError, KeyError, IndexError)
+
+
+def sample(walk: BlockWalk, windows: torch.Tensor, count: int, seed: int, say: Callable[[str], None]) -> torch.Tensor:
+    """int64 [count, length]: continuations of the beginnings of windows int64 [n, length], drawn from the model.
+
+    The whole model is in memory meanwhile. Tokens are drawn at temperature 1 from all of the vocabulary; where the
+    same window is continued again, it is from another place in it. Raises what the model raises that cannot do it.
+    """
+    model: Any = walk.model
+    length = windows.shape[1]
+    prompt = max(1, length // PROMPT)
+    starts = [(n % len(windows), n // len(windows) * prompt % (length - prompt + 1)) for n in range(count)]
+    prompts = torch.stack([windows[window, start : start + prompt] for window, start in starts])
+    parts: list[torch.Tensor] = []
+    materialize(model, walk.read, device=walk.device)
+    try:
+        with torch.random.fork_rng(), torch.no_grad():
+            torch.manual_seed(seed)
+            for part in prompts.to(walk.device).split(AT_ONCE):
+                written = model.generate(
+                    input_ids=part, attention_mask=torch.ones_like(part), do_sample=True, top_k=0, top_p=1.0,
+                    temperature=1.0, min_new_tokens=length - prompt, max_new_tokens=length - prompt,
+                )  # fmt: skip
+                parts.append(written[:, :length].cpu())
+                say(f"the original writes text to train on: {sum(map(len, parts))} of {count} windows")
+    finally:
+        release(model)
+    return torch.cat(parts)
+
+
+def sampled(
+    walk: BlockWalk, windows: torch.Tensor, count: int, seed: int, state: Path, say: Callable[[str], None]
+) -> torch.Tensor | None:
+    """The same, kept in the file `state` for a run that goes on; None, having said why, if the model cannot do it."""
+    if state.exists():
+        return tensorfile.TensorFile(state).read("ids")
+    try:
+        ids = sample(walk, windows, count, seed, say)
+    except CANNOT as error:
+        say(f"the original writes no text ({type(error).__name__}: {error}); training on the calibration text")
+        return None
+    new = state.with_name(f"{state.name}.new")
+    tensorfile.write(new, {"ids": ids})
+    new.replace(state)
+    tensorfile.sync(state.parent)
+    return ids
