@@ -10,9 +10,9 @@ import tiny
 import tiny_configs
 from wellrounded.core.hessian import Hessian
 from wellrounded.model import inputs
-from wellrounded.model.inputs import Bank
 from wellrounded.model.blocks import linears
 from wellrounded.model.experts import Experts, fused_experts, take_apart
+from wellrounded.model.inputs import Bank
 from wellrounded.model.siblings import anew, observe, staged
 from wellrounded.model.walk import BlockWalk
 from wellrounded.model.weights import meta_copy
