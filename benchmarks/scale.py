@@ -1,6 +1,6 @@
 """What models of 8 to 671 billion parameters would take to quantize: the planner's own forecasts, nothing is run.
 
-    python benchmarks/scale.py             # a table as docs/scale.md has it
+    python benchmarks/scale.py --preset fast      # a table as docs/scale.md has it
     python benchmarks/scale.py --json
 
 Models are built from configurations of well-known shapes, on the meta device, without weights. The rates of the CPU are
@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM, DeepseekV3Config, LlamaConfig, Pr
 
 from wellrounded import rates
 from wellrounded.checkpoint import Source
-from wellrounded.core.gptq import Settings
 from wellrounded.hf.source import skeleton
 from wellrounded.hf.stored import Stored
 from wellrounded.memory import shown
 from wellrounded.prediction import Forecast, Forecaster, Room, Workload
+from wellrounded.presets import PRESETS, Preset, preset
 from wellrounded.progress import duration
 from wellrounded.request import HELD_OUT, NONE, Request
 
@@ -36,8 +36,9 @@ GPU = rates.Rates(
     products=300e12,  # a third of an H200's peak in bfloat16
     gram=10e12,  # multiply-adds of float32 sums through bfloat16 products
     square=2 * 4 / 30e12, linear=2e-10,  # float32 matrix products at half of the peak, and grids from memory
-    cubic=1 / 5e12, rounding=2e-11, comparing=5e11, reading=2e9, writing=1e9, startup=20.0,
+    cubic=1 / 5e12, rounding=2e-11, comparing=5e11, drift=7.5e12, reading=2e9, writing=1e9, startup=20.0,
 )  # fmt: skip
+AIMING = 2 * 3 / 30e12  # what more than that comparing with the original takes, in seconds per weight and column
 
 
 def llama(**shape: int) -> Callable[[], PretrainedConfig]:
@@ -78,22 +79,23 @@ def source_of(config: PretrainedConfig) -> Source:
     )  # fmt: skip
 
 
-def forecasts(config: PretrainedConfig, cpu: rates.Rates) -> Iterator[tuple[str, Forecast]]:
-    """On a CPU in the fastest room and in the most frugal, and on one GPU and on eight."""
+def forecasts(config: PretrainedConfig, cpu: rates.Rates, does: Preset) -> Iterator[tuple[str, Forecast]]:
+    """On a CPU in the fastest room and in the most frugal, and on one GPU and on eight, which cannot train."""
     run = Request(calibration=NONE, device="cpu").run(source_of(config))
 
     def forecaster(device: str, processes: int) -> Forecaster:
         work = Workload(-(-SAMPLES // processes), -(-HELD_OUT // processes), LENGTH, processes=processes)
-        return Forecaster(run.source, run.plan, run.walk.names, work, device, PROCESS)
+        return Forecaster(run.source, run.plan, run.walk.names, work, device, PROCESS, does)
 
     alone = forecaster("cpu", 1)
     yield "2 CPU cores, fast", alone.predict(Room(), cpu)
     frugal = Room(LENGTH, waits=False, spills=True, maps=True)
     yield "2 CPU cores, least memory", alone.predict(frugal, cpu)
-    for processes in (1, 8):
+    gpu = replace(GPU, square=GPU.square + AIMING) if does.settings.paired else GPU
+    for processes in (1,) if does.training else (1, 8):
         name = "1 GPU" if processes == 1 else f"{processes} GPUs, each"
         room = Room(waits=False)
-        yield name, forecaster("cuda", processes).predict(room, GPU)
+        yield name, forecaster("cuda", processes).predict(room, gpu)
 
 
 def table(found: list[tuple[str, str, Forecast]]) -> str:
@@ -110,11 +112,13 @@ def main() -> None:
     """The table, or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[name for name in MODELS if name != "tiny"])
+    parser.add_argument("--preset", choices=PRESETS, default="default")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     transformers.logging.set_verbosity_error()
-    cpu = replace(rates.measure("cpu", Settings()), startup=10.0)
-    found = [(name, *one) for name in args.models for one in forecasts(MODELS[name](), cpu)]
+    does = preset(args.preset)
+    cpu = replace(rates.measure("cpu", does.settings), startup=10.0)
+    found = [(name, *one) for name in args.models for one in forecasts(MODELS[name](), cpu, does)]
     if args.json:
         rows: list[dict[str, Any]] = [{"model": m, "on": w, **one.to_dict()} for m, w, one in found]
         print(json.dumps({"cpu": asdict(cpu), "gpu": asdict(GPU), "forecasts": rows}, indent=2))

@@ -17,6 +17,7 @@ from wellrounded.memory import exhausted, parse_size
 from wellrounded.model import stream
 from wellrounded.model.walk import BlockWalk
 from wellrounded.prediction import Forecaster, Room, Workload, rooms
+from wellrounded.presets import preset
 from wellrounded.report import Report
 from wellrounded.request import Request
 
@@ -186,15 +187,16 @@ def test_a_real_allocation_that_fails_is_recognized():
 SMALL = Workload(64, 8, 32)
 
 
-def forecaster(model, work=SMALL, **options) -> Forecaster:
-    asked = Request(calibration="none", device="cpu", **options)
+def forecaster(model, work=SMALL, name="fast", **options) -> Forecaster:
+    asked = Request(calibration="none", device="cpu", preset=name, **options)
     run = asked.run(open_headers(model))
-    return Forecaster(run.source, run.plan, run.walk.names, work, "cpu", base=2**20)
+    return Forecaster(run.source, run.plan, run.walk.names, work, "cpu", base=2**20, preset=preset(name))
 
 
+@pytest.mark.parametrize("name", ["fast", "default", "best"])
 @pytest.mark.parametrize("kind", ["llama", "qwen3_moe"])
-def test_every_room_takes_less_than_the_one_before(kind):
-    known = forecaster(tiny_configs.build(kind), Workload(4096, 8, 32))
+def test_every_room_takes_less_than_the_one_before(kind, name):
+    known = forecaster(tiny_configs.build(kind), Workload(4096, 8, 32), name)
     choices = list(rooms(4096, 32))
     peaks = [known.peak(room) for room in choices]
     assert peaks == sorted(peaks, reverse=True) and peaks[0] > peaks[1] > peaks[2] > peaks[-2]
@@ -224,7 +226,7 @@ def test_what_is_free_chooses_the_room_and_warns_where_nothing_fits(llama, tmp_p
     roomy = asked.run(source)
     assert roomy.work.room == Room() and roomy.caution == ""
     monkeypatch.setattr(request, "rss_bytes", lambda: 0)
-    known = Forecaster(source, roomy.plan, roomy.walk.names, Workload(64, 8, 32), "cpu", 0)
+    known = Forecaster(source, roomy.plan, roomy.walk.names, Workload(64, 8, 32), "cpu", 0, preset("default"))
     monkeypatch.setattr(request, "free_bytes", lambda device: known.peak(Room(waits=False)))
     assert asked.run(open_source(llama)).work.room == Room(waits=False)
     monkeypatch.setattr(request, "free_bytes", lambda device: 2**20)
@@ -291,6 +293,27 @@ def test_a_forecast_says_what_is_alive_when(llama):
     assert larger.peak_memory_bytes > found.peak_memory_bytes and larger.seconds > found.seconds
 
 
+def test_what_more_accuracy_takes_is_foretold(llama):
+    fast, default, best = (
+        wr.forecast(llama, samples=256, length=64, device="cpu", preset=name) for name in ("fast", "default", "best")
+    )
+    assert fast.peak_memory_bytes < default.peak_memory_bytes and fast.output_bytes == best.output_bytes
+    assert best.phases.keys() - default.phases.keys() == {"training", "writing text to train on"}
+    assert all(best.phases[phase] >= bytes_ for phase, bytes_ in default.phases.items())
+    assert best.disk_bytes > default.disk_bytes and best.seconds > default.seconds
+
+
+def test_what_is_compared_with_the_original_is_there_twice_and_told_apart():
+    """Of a layer, 4 matrices instead of one; of one that writes to the residual stream, a sum with that, twice."""
+    fast, default = (forecaster(tiny.build("llama"), SMALL, name) for name in ("fast", "default"))
+    (block, *_), room = fast.blocks, Room(waits=False)
+    read, (wrote,) = block.sets[0], [one for one in block.sets if one.inputs != fast.hidden]
+    assert fast._matrices(read, room) == 4 * read.inputs**2 and default._matrices(read, room) == 16 * read.inputs**2
+    assert default._matrices(wrote, room) == 16 * wrote.inputs**2 + 8 * fast.hidden * wrote.inputs
+    assert default._kept(room) - fast._kept(room) == SMALL.tokens * fast.hidden * 2
+    assert default._inside(block, room) - fast._inside(block, room) == block.bytes
+
+
 def test_a_forecast_is_refused_what_a_run_would_be(llama):
     with pytest.raises(UsageError, match="group_size=512 was asked for"):
         wr.forecast(llama, group_size=512)
@@ -301,7 +324,7 @@ def test_a_forecast_is_refused_what_a_run_would_be(llama):
 def test_a_gpus_memory_and_the_hosts_are_told_apart(llama):
     asked = Request(calibration="none", device="cpu").run(open_headers(llama))
     known = Forecaster(asked.source, asked.plan, asked.walk.names, Workload(64, 8, 32), "cuda", base=2**20)
-    found = known.predict(Room(), prediction.Rates(*[1e9] * 7))
+    found = known.predict(Room(), prediction.Rates(*[1e9] * 8))
     assert found.peak_vram_bytes == known.peak(Room()) > prediction.CONTEXT
     assert found.peak_memory_bytes < found.peak_vram_bytes
     assert [label for label, _ in found.summary()][:2] == ["peak GPU memory", "peak memory"]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import nn
 
 from .checkpoint import Source
-from .core import gptq
+from .core import choice, gptq
 from .errors import UsageError
 from .formats.gptq import layout
 from .memory import shown
@@ -173,7 +173,8 @@ class Forecaster:
         step = self.training.windows_per_step * self.work.length
         states = (len(self.blocks) + STATES) * step * self.hidden * 2
         graphs = (block.bytes + min(step, batch) * block.graph * 2 for block in self.blocks)
-        return self.codes + self.groups * 21 + states + max(*graphs, self._logits(4))
+        codes = 0 if self.device.startswith("cuda") else self.codes  # which stay on the host
+        return codes + self.groups * 21 + states + max(*graphs, self._logits(4))
 
     @property
     def plan_bits(self) -> float:
@@ -247,9 +248,13 @@ class Forecaster:
         peak = max(phases.values())
         output = self.output_bytes()
         spilled = self._kept(replace(room, spills=False)) if room.spills else 0
-        disk = output + min(output, 4 * 2**30) + spilled
+        trained = (
+            self.groups * 16 + self._written() * 8 if self.training else 0
+        )  # its state and text
+        disk = output + min(output, 4 * 2**30) + spilled + trained
         cuda = self.device.startswith("cuda")
-        host = self.base + OVERHEAD + self.outside + max(block.bytes for block in self.blocks) if cuda else peak
+        codes = self.codes if self.training else 0
+        host = self.base + OVERHEAD + self.outside + max(codes, *(b.bytes for b in self.blocks)) if cuda else peak
         seconds = self._seconds(room, rates)
         vram = peak if cuda else 0
         return Forecast(room, int(host), int(vram), output, int(disk), seconds, phases, len(self.blocks), self.device)
@@ -278,6 +283,7 @@ class Forecaster:
             seconds += work.tokens * one.inputs * (one.inputs + one.outputs * self._writes(one)) / rates.drift
         experts = -(-one.experts // work.processes)
         outputs = one.outputs if one.experts > 1 else _largest_share(one.weights, work.processes)
+        outputs += choice.ROWS * self._compares(one)  # on which it is chosen how to solve the others
         return seconds + experts * rates.solving(one.inputs, outputs, bool(work.windows))
 
     def _training_seconds(self, rates: Rates, training: Training) -> float:

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from wellrounded.core import gptq, rtn
 from wellrounded.core.factor import FactorError, factor_hessians, factor_stacked
 from wellrounded.core.hessian import Hessian
 from wellrounded.core.scheme import Scheme
-from wellrounded.model.inputs import Member
+from wellrounded.model.inputs import HERE, Member
+from wellrounded.presets import preset
 
 from . import twin
 from .test_gptq import COLUMNS, PLAIN, hessian_of, inputs, lowered, weights
@@ -57,6 +59,22 @@ def test_the_peak_is_what_was_foreseen(monkeypatch, n, rows, members):
     side = [Member(name, hessian, hessian.tokens) for name, hessian in zip(names, hessians)]
     whole = peak_bytes(lambda: list(solving.solve(names, layers, side, Scheme(4, 128), gptq.Settings(), True)))
     assert whole == pytest.approx(foreseen, rel=0.15)
+
+
+@pytest.mark.parametrize(("n", "rows"), [(1536, 256), (1024, 3000)])
+def test_to_choose_and_to_aim_takes_no_more(monkeypatch, n, rows):
+    """Beside the moments, of all tokens and of those that are held out; another matrix would be seen here too."""
+    monkeypatch.setattr(gptq, "ROW_ELEMENTS", 2**20)
+    monkeypatch.setattr(solving, "ERROR_ELEMENTS", 2**18)
+    moments, held_out = HERE.moments(n, torch.device("cpu")), HERE.moments(n, torch.device("cpu"))
+    for one, tokens in ((moments, 2 * n), (held_out, n // 2)):
+        x = torch.randn(tokens, n)
+        one.update(x, x + 0.1 * torch.randn(tokens, n), torch.rand(tokens), torch.randn(tokens, rows))
+    moments.merge(held_out)
+    member = Member(["0"], moments.hessian, moments.tokens, moments, held_out)
+    layers, settings = [[torch.randn(rows, n).bfloat16()]], preset("default").settings
+    run = partial(solving.solve, [["0"]], layers, [member], Scheme(4, 128), settings, True)
+    assert peak_bytes(lambda: list(run())) == pytest.approx(gptq.working_bytes(n, rows), rel=0.15)
 
 
 @pytest.mark.parametrize("n", [11008, 28672, 53248])

@@ -13,6 +13,7 @@ Sources: Arai and Ichikawa, "Quantization Error Propagation" (2025) for D; Li et
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -56,9 +57,13 @@ def choose(
             found[choice] = 0.0
             if len(dampings) > 1:
                 aim = corrected(weight, parts, choice).unsqueeze(0)
-                (solved,) = prepared.solve(len(weight), lambda some, aim=aim: aim[:, some])
+                (solved,) = prepared.solve(len(weight), partial(_rows, aim))
                 found[choice] = held_out.loss(weight, solved.dequantize(), rows)
     return min(found, key=found.__getitem__) if found else Choice(settings.damping)
+
+
+def _rows(stack: torch.Tensor, some: slice) -> torch.Tensor:
+    return stack[:, some]
 
 
 def target(weight: torch.Tensor, moments: Moments, prepared: Prepared, rows: slice, choice: Choice) -> torch.Tensor:
