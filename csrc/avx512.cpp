@@ -197,7 +197,7 @@ const Kernels &avx512() {
                                   {restore<2>, restore<3>, restore<4>, restore<8>},
                                   search,
                                   sweep,
-                                  &avx512_gram,
+                                  &avx512_product,
                                   &avx512_attention};
     return table;
 }

@@ -94,22 +94,42 @@ void one_search_and_panel() {
         fail("a stride too short was taken");
 }
 
-void one_gram() {
-    int64_t size = between(1, 130), count = between(0, 9) ? between(0, 70) : between(1000, 2100);
-    int64_t stride = size + between(0, 1) * between(0, 40);
-    std::vector<uint16_t> rows(count ? (count - 1) * stride + size : 1);
-    std::vector<float> upper(size * size);
-    for (auto &value : rows) value = uint16_t(between(0, 1) * 0x8000 + between(0x3c00, 0x4080));
-    int done = wr_gram(rows.data(), count, stride, size, upper.data());
-    if (done != 0 && done != 1) fail("wr_gram");
-    int64_t i = between(0, size - 1), j = between(i, size - 1);
-    double sum = 0, magnitude = 0;
-    for (int64_t t = 0; t < count; ++t) {
-        double part = number(rows[t * stride + i]) * number(rows[t * stride + j]);
+struct Rows {  // of bfloat16, perhaps apart, and not a number longer than they have to be
+    int64_t count, size, stride;
+    std::vector<uint16_t> values;
+    explicit Rows(int64_t count)
+        : count(count), size(between(1, between(0, 3) ? 130 : 400)), stride(size + between(0, 1) * between(0, 40)),
+          values(count ? (count - 1) * stride + size : 0) {
+        for (auto &value : values) value = uint16_t(between(0, 1) * 0x8000 + between(0x3c00, 0x4080));
+    }
+    double at(int64_t row, int64_t column) const { return number(values[row * stride + column]); }
+};
+
+// Whether `found` is `before` plus the sum of what columns i of a and j of b multiply to.
+bool is_product(const Rows &a, int64_t i, const Rows &b, int64_t j, double before, double found) {
+    double sum = before, magnitude = std::abs(before);
+    for (int64_t t = 0; t < a.count; ++t) {
+        double part = a.at(t, i) * b.at(t, j);
         sum += part, magnitude += std::abs(part);
     }
-    if (!done && std::abs(upper[i * size + j] - sum) > 1e-6 * double(count + 2) * magnitude) fail("a second moment");
-    if (wr_gram(rows.data(), count, size - 1, size, upper.data()) != -1) fail("rows that overlap were taken");
+    return std::abs(found - sum) <= 1e-6 * double(a.count + 2) * magnitude;
+}
+
+void one_product() {
+    int64_t count = between(0, 9) ? between(0, 70) : between(1000, 2100);
+    Rows a(count), b(count);
+    int64_t m = a.size, n = b.size, i = between(0, m - 1), j = between(0, n - 1), k = between(i, m - 1);
+    std::vector<float> total(m * n, -2.5f), upper(m * m, -2.5f);
+    int done = wr_product(a.values.data(), a.stride, m, b.values.data(), b.stride, n, count, total.data());
+    if (done != (wr_has_bfloat16() ? 0 : 1)) fail("wr_product");
+    if (!done && !is_product(a, i, b, j, -2.5, total[i * n + j])) fail("a product of rows");
+    if (wr_gram(a.values.data(), count, a.stride, m, upper.data()) != done) fail("wr_gram");
+    if (!done && !is_product(a, i, a, k, -2.5, upper[i * m + k])) fail("a second moment");
+    if (wr_gram(a.values.data(), count, m - 1, m, upper.data()) != -1) fail("rows that overlap were taken");
+    if (wr_product(a.values.data(), m - 1, m, b.values.data(), b.stride, n, count, total.data()) != -1)
+        fail("a left side whose rows overlap was taken");
+    if (wr_product(a.values.data(), a.stride, m, b.values.data(), n - 1, n, count, total.data()) != -1)
+        fail("a right side whose rows overlap was taken");
 }
 
 void one_attention() {
@@ -160,7 +180,7 @@ void nonsense() {
 int main() {
     for (int level = WR_PORTABLE; level <= wr_best(); ++level) {
         wr_use(level);
-        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), one_gram(), one_attention(), nonsense();
+        for (int i = 0; i < 300; ++i) one_layer(), one_search_and_panel(), one_product(), one_attention(), nonsense();
         std::printf("%s: 300 layers\n", wr_name(level));
     }
 }

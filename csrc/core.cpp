@@ -42,6 +42,36 @@ const Kernels &kernels_of(int level) {
     return portable();
 }
 
+// wr_product, or with `upper` and one side twice wr_gram.
+int add_product(Columns left, Columns right, int64_t count, float *total, bool upper) {
+    auto good = [&](const Columns &c) {
+        return (c.rows || !count) && c.size > 0 && c.stride >= c.size && fits({count, c.stride});
+    };
+    if (!total || count < 0 || !good(left) || !good(right) || !fits({left.size, right.size})) return -1;
+    const ProductKernel *k = kernels().product;
+    if (!k) return 1;
+    constexpr int64_t ROWS = 1024;  // what is packed of 176 columns then fits a core's second cache
+    static thread_local std::vector<uint32_t> packed;
+    auto panels = [](const Columns &c) { return (c.size + WR_TILE - 1) / WR_TILE; };
+    int64_t words = (std::min(count, ROWS) + 1) / 2 * WR_TILE, others = upper ? 0 : panels(left) * words;
+    packed.resize(panels(right) * words + others);
+    left.packed = packed.data();
+    right.packed = left.packed + others;
+    for (int64_t from = 0; from < count; from += ROWS) {
+        int64_t now = std::min(ROWS, count - from);
+        auto pack = [&](Columns c) {
+            c.rows += from * c.stride;
+            deal_out(panels(c), now * c.size * 2, [&](int64_t begin, int64_t end) { k->pack(c, now, begin, end); });
+        };
+        if (!upper) pack(left);
+        pack(right);
+        Product chunk{left, right, (now + 1) / 2, total, upper};
+        deal_out(k->units(chunk), now * left.size * right.size,
+                 [&](int64_t begin, int64_t end) { k->add(chunk, begin, end); });
+    }
+    return 0;
+}
+
 }  // namespace
 
 namespace wr {
@@ -111,24 +141,16 @@ int wr_sweep(const float *weight, float *target, const float *feedback, int64_t 
     return 0;
 }
 
-int wr_has_bfloat16(void) { return kernels().gram != nullptr; }
+int wr_has_bfloat16(void) { return kernels().product != nullptr; }
 
 int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper) {
-    if (!rows || !upper || count < 0 || size <= 0 || stride < size) return -1;
-    if (!fits({count, stride}) || !fits({size, size})) return -1;
-    const GramKernel *k = kernels().gram;
-    if (!k) return 1;
-    constexpr int64_t GRAM_ROWS = 1024;  // what is packed of three panels then fits a core's second cache
-    static thread_local std::vector<uint32_t> packed;
-    int64_t panels = (size + WR_TILE - 1) / WR_TILE, units = k->units(size);
-    packed.resize(panels * WR_TILE * ((std::min(count, GRAM_ROWS) + 1) / 2));
-    for (int64_t from = 0; from < count; from += GRAM_ROWS) {
-        int64_t now = std::min(GRAM_ROWS, count - from), pairs = (now + 1) / 2;
-        Gram chunk{rows + from * stride, now, stride, size, pairs, packed.data(), upper};
-        deal_out(panels, now * size * 2, [&](int64_t begin, int64_t end) { k->pack(chunk, begin, end); });
-        deal_out(units, now * size * size, [&](int64_t begin, int64_t end) { k->add(chunk, begin, end); });
-    }
-    return 0;
+    Columns side{rows, stride, size, nullptr};
+    return add_product(side, side, count, upper, true);
+}
+
+int wr_product(const uint16_t *a, int64_t a_stride, int64_t m, const uint16_t *b, int64_t b_stride, int64_t n,
+               int64_t count, float *total) {
+    return add_product({a, a_stride, m, nullptr}, {b, b_stride, n, nullptr}, count, total, false);
 }
 
 int wr_attend(const uint16_t *q, const uint16_t *k, const uint16_t *v, const uint8_t *mask, uint16_t *out,

@@ -69,17 +69,22 @@ struct Panel {
     int64_t columns, outputs, stride;
 };
 
-// Rows to be added to upper += rows^T rows, a chunk at a time; `packed` holds [panel of 16 columns][pair of rows][16].
-struct Gram {
+// One side of a product that sums over rows, a chunk at a time; `packed` holds [panel of 16 columns][pair of rows][16].
+struct Columns {
     const uint16_t *rows;  // bfloat16 [count][stride], of which the first `size` of a row count
-    int64_t count, stride, size, pairs;
+    int64_t stride, size;
     uint32_t *packed;
-    float *upper;  // [size][size]
 };
-struct GramKernel {
-    void (*pack)(const Gram &, int64_t begin, int64_t end);  // panels
-    void (*add)(const Gram &, int64_t begin, int64_t end);   // units
-    int64_t (*units)(int64_t size);
+struct Product {
+    Columns left, right;
+    int64_t pairs;  // of rows that are packed
+    float *total;   // [left.size][right.size] += left^T right
+    bool upper;     // of a side with itself: only what is not below the diagonal
+};
+struct ProductKernel {
+    void (*pack)(const Columns &, int64_t count, int64_t begin, int64_t end);  // panels
+    void (*add)(const Product &, int64_t begin, int64_t end);                  // units
+    int64_t (*units)(const Product &);
 };
 
 // Queries, keys and values of all heads, as wr_attend describes them; `packed` is room for words() per batch and kv head.
@@ -115,14 +120,14 @@ struct Kernels {
     void (*search)(const Search &, int64_t begin, int64_t end, float *scratch);
     void (*sweep)(const Panel &, int64_t begin, int64_t end);
     // These two multiply bfloat16 with bfloat16: null where there is no such product.
-    const GramKernel *gram = nullptr;
+    const ProductKernel *product = nullptr;
     const AttentionKernel *attention = nullptr;
 };
 const Kernels &portable();
 const Kernels &avx2();
 const Kernels &avx512();
 const Kernels &neon();
-extern const GramKernel avx512_gram;
+extern const ProductKernel avx512_product;
 extern const AttentionKernel avx512_attention;
 
 // body(0), body(1), ... with numbers that are constants, as shifts and lanes have to be.

@@ -46,7 +46,8 @@ typedef struct {
     int64_t reserved[5];
 } wr_header;
 
-/* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. */
+/* Changes whenever a function or the layout of a block does: a caller written for another number must not go on. One
+ * that is new changes nothing for those who do not know it. */
 enum { WR_ABI = 4 };
 WR_API int wr_abi(void);
 
@@ -95,13 +96,18 @@ WR_API int wr_search(const float *weight, const float *energy, int64_t rows, int
 WR_API int wr_sweep(const float *weight, float *target, const float *feedback, int64_t stride, const float *scales,
                     const float *low, float most, float *steps, float *errors, int64_t columns, int64_t outputs);
 
-/* Whether the instruction set in use multiplies bfloat16: the two functions below do nothing and return 1 otherwise. */
+/* Whether the instruction set in use multiplies bfloat16: the functions below do nothing and return 1 otherwise. */
 WR_API int wr_has_bfloat16(void);
 
 /* upper [size][size] += rows^T rows, for bfloat16 rows [count][stride] of which the first `size` numbers count. Products
  * are exact and summed in float32. Entries below the diagonal are left undefined. Returns 0, -1 for numbers that make no
  * sense, 1 without products of bfloat16. */
 WR_API int wr_gram(const uint16_t *rows, int64_t count, int64_t stride, int64_t size, float *upper);
+
+/* total [m][n] += a^T b, for bfloat16 a [count][a_stride] and b [count][b_stride], of whose rows the first m and n numbers
+ * count; otherwise as wr_gram. */
+WR_API int wr_product(const uint16_t *a, int64_t a_stride, int64_t m, const uint16_t *b, int64_t b_stride, int64_t n,
+                      int64_t count, float *total);
 
 /* out [batch][queries][heads][depth] = softmax(scale * q k^T) v, all bfloat16, scores and sums in float32.
  * q is [batch][heads][queries][depth], k and v [batch][kv_heads][keys][depth], each with three strides (of a batch, a

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     import torch
 
-ABI = 4  # of csrc/wellrounded.h
+ABI, NEWEST = 4, "wr_product"  # of csrc/wellrounded.h, and the function that came last
 RUNTIMES = ("libgomp*.so*", "libiomp5*.so*", "libomp*.so*", "libomp*.dylib")
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 
@@ -32,7 +32,7 @@ def library() -> ctypes.CDLL | None:
     if path is None:
         return None
     core = ctypes.CDLL(str(path))
-    if not hasattr(core, "wr_abi") or core.wr_abi() != ABI:
+    if not hasattr(core, NEWEST) or core.wr_abi() != ABI:
         return None
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     core.wr_name.restype = ctypes.c_char_p
@@ -48,6 +48,7 @@ def library() -> ctypes.CDLL | None:
     core.wr_search.argtypes = [pointer, pointer, *[number] * 4, whole, pointer, number, pointer, pointer]
     core.wr_sweep.argtypes = [pointer] * 3 + [number, pointer, pointer, single, pointer, pointer, number, number]
     core.wr_gram.argtypes = [pointer, *[number] * 3, pointer]
+    core.wr_product.argtypes = [pointer, number, number] * 2 + [number, pointer]
     core.wr_attend.argtypes = [pointer] * 5 + [number] * 6 + [pointer, single, whole]
     if runtime := _runtime():
         names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_max_threads")
@@ -105,22 +106,45 @@ def add_gram(rows: torch.Tensor, upper: torch.Tensor) -> bool:
 
     Products are exact, sums float32; entries below the diagonal are undefined afterwards.
     """
+    if (core := _core_for(upper, rows, rows)) is None:
+        return False
+    rows, stride = _strided(rows)
+    return _added(core.wr_gram(rows.data_ptr(), len(rows), stride, rows.shape[1], upper.data_ptr()))
+
+
+def add_product(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor) -> bool:
+    """total float32 [m, n] += a^T b for bfloat16 a [count, m] and b [count, n]; False, products and sums as above."""
+    if (core := _core_for(total, a, b)) is None:
+        return False
+    (a, a_stride), (b, b_stride) = _strided(a), _strided(b)
+    sides = a.data_ptr(), a_stride, a.shape[1], b.data_ptr(), b_stride, b.shape[1]
+    return _added(core.wr_product(*sides, len(a), total.data_ptr()))
+
+
+def _core_for(total: torch.Tensor, a: torch.Tensor, b: torch.Tensor) -> ctypes.CDLL | None:
+    """The core, if it may know how to do total += a^T b."""
     import torch
 
-    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu" or not serves(upper):
-        return False
-    core, (count, size) = library(), rows.shape
-    assert core is not None and upper.shape == (size, size)
-    if rows.stride(1) != 1 or rows.stride(0) < size:
+    if any(each.dtype != torch.bfloat16 or each.device.type != "cpu" for each in (a, b)) or not serves(total):
+        return None
+    assert len(a) == len(b) and total.shape == (a.shape[1], b.shape[1])
+    return library()
+
+
+def _strided(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Rows without gaps inside, which may lie apart, and how far from one to the next."""
+    if rows.stride(1) != 1 or rows.stride(0) < rows.shape[1]:
         rows = rows.contiguous()
-    stride = max(rows.stride(0), size)  # torch does not say it of a single row
-    done = core.wr_gram(rows.data_ptr(), count, stride, size, upper.data_ptr())
-    assert done >= 0, "core.hessian gave it numbers that make no sense"
+    return rows, max(rows.stride(0), rows.shape[1])  # torch does not say it of a single row
+
+
+def _added(done: int) -> bool:
+    assert done >= 0, "core.hessian or core.moments gave it numbers that make no sense"
     return done == 0
 
 
 def has_bfloat16() -> bool:
-    """Whether the instruction set in use multiplies bfloat16, as `add_gram` and `attend` need it."""
+    """Whether the instruction set in use multiplies bfloat16, as `add_gram`, `add_product` and `attend` need it."""
     core = library()
     return core is not None and bool(core.wr_has_bfloat16())
 

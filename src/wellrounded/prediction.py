@@ -248,9 +248,7 @@ class Forecaster:
         peak = max(phases.values())
         output = self.output_bytes()
         spilled = self._kept(replace(room, spills=False)) if room.spills else 0
-        trained = (
-            self.groups * 16 + self._written() * 8 if self.training else 0
-        )  # its state and text
+        trained = self.groups * 16 + self._written() * 8 if self.training else 0  # its state and text
         disk = output + min(output, 4 * 2**30) + spilled + trained
         cuda = self.device.startswith("cuda")
         codes = self.codes if self.training else 0

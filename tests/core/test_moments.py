@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from wellrounded import native
 from wellrounded.core.hessian import Hessian
 from wellrounded.core.moments import Moments
 
@@ -35,6 +36,22 @@ def test_what_reads_the_same_in_both_models_has_not_drifted_however_it_weighs():
     same = tokens._replace(x=tokens.x_q.bfloat16(), x_q=tokens.x_q.bfloat16())
     moments = same.moments()
     assert not moments.drift.any() and moments.residual.any()
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_every_dtype_is_summed_in_float32(monkeypatch, dtype, weighted):
+    """And the native core's products are those of torch, which it stands in for."""
+    tokens = seen(weighted=weighted)
+    tokens = Seen(*(each.to(dtype) for each in tokens[:4]), tokens.weights)
+    x, x_q, root = tokens.x, tokens.x_q, 1 if tokens.weights is None else tokens.weights.double().sqrt()[:, None]
+    heavy, drift, apart = (each.double() * root for each in (x_q, x - x_q, tokens.r - tokens.r_q))
+    exact = {"H": heavy.T @ heavy, "D": drift.T @ heavy, "G": apart.T @ heavy}
+    rounding = torch.finfo(dtype).eps if weighted else 0  # rows that are scaled are rounded once more
+    mine = sums(tokens.moments())
+    assert_same({name: mine[name].double() for name in exact}, exact, 1e-6 + rounding)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert_same(mine, sums(tokens.moments()), 1e-6)
 
 
 def test_no_rows_are_nothing():

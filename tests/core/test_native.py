@@ -11,6 +11,7 @@ from wellrounded.core.scheme import BITS, Scheme
 
 pytestmark = pytest.mark.skipif(native.missing() is not None, reason=str(native.missing()))
 LEVELS = native.levels()
+MULTIPLIES = "avx512-bf16"  # the only one with products of bfloat16
 
 
 @pytest.fixture(params=range(len(LEVELS)), ids=LEVELS, autouse=True)
@@ -106,7 +107,7 @@ def test_only_contiguous_float32_on_the_cpu_is_served():
         assert not native.serves(x, other)
 
 
-# ---- second moments ----
+# ---- second moments, and products of rows ----
 
 
 def gram_of(rows: torch.Tensor) -> torch.Tensor | None:
@@ -121,13 +122,13 @@ def exact_gram(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 7, 1024, 2051])
-@pytest.mark.parametrize("size", [1, 7, 8, 16, 25, 48, 50, 130])
+@pytest.mark.parametrize("size", [1, 7, 8, 16, 25, 48, 50, 130, 300])
 def test_the_second_moment_is_exact_but_for_float32_sums(level, size, count):
     random = torch.Generator().manual_seed(size)
     rows = (torch.randn(count, size, generator=random) * torch.randn(size, generator=random).exp()).bfloat16()
     moment = gram_of(rows)
-    if LEVELS[level] != "avx512-bf16":
-        assert moment is None  # the only one that multiplies bfloat16
+    if LEVELS[level] != MULTIPLIES:
+        assert moment is None
         return
     exact, off = exact_gram(rows)
     assert ((moment - exact).abs() <= off).all()
@@ -140,24 +141,73 @@ def test_second_moments_add_up_and_rows_may_lie_apart(level):
         if native.add_gram(rows, upper):
             assert torch.equal(torch.triu(upper), torch.triu(gram_of(rows.contiguous()) + 3.0))
         else:
-            assert (upper == 3).all() and LEVELS[level] != "avx512-bf16"
+            assert (upper == 3).all() and LEVELS[level] != MULTIPLIES
 
 
-def test_the_number_of_threads_changes_no_bit_of_a_second_moment(level):
-    rows, before = torch.randn(1500, 200).bfloat16(), torch.get_num_threads()
-    moments = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        moments.append(gram_of(rows))
-    torch.set_num_threads(before)
-    assert all(m is None or torch.equal(m, moments[0]) for m in moments)
+def product_of(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    total = torch.zeros(a.shape[1], b.shape[1])
+    return total if native.add_product(a, b, total) else None
+
+
+@pytest.mark.parametrize("count", [1, 7, 513, 2051])
+@pytest.mark.parametrize(
+    ("m", "n"), [(1, 1), (1, 130), (130, 1), (7, 9), (8, 48), (16, 33), (50, 25), (129, 65), (300, 49)]
+)
+def test_a_product_of_rows_is_exact_but_for_float32_sums(level, m, n, count):
+    random = torch.Generator().manual_seed(m)
+    a, b = ((torch.randn(count, size, generator=random) * 3).bfloat16() for size in (m, n))
+    before = torch.randn(m, n, generator=random)
+    total = before.clone()
+    if not native.add_product(a, b, total):
+        assert torch.equal(total, before) and LEVELS[level] != MULTIPLIES
+        return
+    assert LEVELS[level] == MULTIPLIES
+    x, y, start = a.double(), b.double(), before.double()
+    off = (count + 2) * 2.0**-24 * (x.abs().T @ y.abs() + start.abs())
+    assert ((total - (start + x.T @ y)).abs() <= off).all()
+
+
+def test_both_sides_of_a_product_may_lie_apart(level):
+    wide, other = torch.randn(300, 100).bfloat16(), torch.randn(300, 80).bfloat16()
+    pairs = [(wide[:, 30:77], other), (wide[:1, 30:77], other[:1, 3:]), (wide[::3, 30:], other.T[:80, :64].T[:, 2:])]
+    pairs = [(a[: len(b)], b[: len(a)]) for a, b in (*pairs, (wide.T[:90], other[:1].expand(90, 80)))]
+    for a, b in [*pairs, *((b, a) for a, b in pairs)]:
+        found, expected = product_of(a, b), product_of(a.contiguous(), b.contiguous())
+        assert (found is None) is (LEVELS[level] != MULTIPLIES)
+        assert found is None or (torch.equal(found, expected) and found.any())
+
+
+def test_the_upper_half_of_a_product_with_itself_is_the_second_moment(level):
+    rows = torch.randn(1100, 333).bfloat16()
+    found = product_of(rows, rows)
+    assert found is None or (torch.equal(found, found.T) and torch.equal(torch.triu(found), gram_of(rows)))
+
+
+def test_the_number_of_threads_changes_no_bit_of_a_product(level):
+    rows, others, before = torch.randn(1500, 200).bfloat16(), torch.randn(1500, 310).bfloat16(), torch.get_num_threads()
+    for function in (lambda: gram_of(rows), lambda: product_of(rows, others), lambda: product_of(others, rows)):
+        products = []
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            products.append(function())
+        torch.set_num_threads(before)
+        assert all(p is None or torch.equal(p, products[0]) for p in products)
+
+
+def test_no_rows_add_nothing(level):
+    rows, total = torch.empty(0, 4, dtype=torch.bfloat16), torch.ones(4, 4)
+    for done in (native.add_gram(rows, total), native.add_product(rows, rows, total)):
+        assert done is (LEVELS[level] == MULTIPLIES) and (total == 1).all()
 
 
 def test_other_dtypes_and_places_are_left_to_torch():
     upper = torch.zeros(4, 4)
     for rows in (torch.randn(3, 4), torch.randn(3, 4).half(), torch.empty(3, 4, dtype=torch.bfloat16, device="meta")):
-        assert not native.add_gram(rows, upper)
-    assert not native.add_gram(torch.randn(3, 4).bfloat16(), torch.zeros(4, 4, dtype=torch.float64))
+        assert not native.add_gram(rows, upper) and not native.add_product(rows, rows, upper)
+        good = torch.randn(3, 4).bfloat16()
+        assert not native.add_product(good, rows, upper) and not native.add_product(rows, good, upper)
+    for total in (upper.double(), torch.zeros(4, 8)[:, ::2], upper.to("meta")):
+        assert not native.add_gram(good, total) and not native.add_product(good, good, total)
     assert (upper == 0).all()
 
 

@@ -8,7 +8,15 @@ from typing import Any
 
 import torch
 
+from .. import native
 from .hessian import Hessian, exact_products
+
+
+def add_product(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
+    """total float32 [m, n] += left^T right, of rows [tokens, m] and [tokens, n] of any dtype, summed in float32."""
+    if not native.add_product(left, right, total):
+        with exact_products(right):
+            total.addmm_(left.float().T, right.float())
 
 
 class Moments:
@@ -44,13 +52,14 @@ class Moments:
         drift = original - rows
         if weights is not None:
             root = weights.float().sqrt().unsqueeze(1)
-            rows, drift = ((each.float() * root).to(rows.dtype) for each in (rows, drift))
-            apart = None if apart is None else (apart.float() * root).to(rows.dtype)
+            if rows.dtype == torch.bfloat16:  # the range of float32, so that nothing has to be copied to be multiplied
+                root = root.bfloat16()
+            rows, drift = ((each * root).to(rows.dtype) for each in (rows, drift))
+            apart = None if apart is None else (apart * root).to(rows.dtype)
         self.hessian.update(rows)
-        with exact_products(rows):
-            self.drift.addmm_(drift.float().T, rows.float())
-            if apart is not None:
-                self.gather(apart.shape[1]).addmm_(apart.float().T, rows.float())
+        add_product(drift, rows, self.drift)
+        if apart is not None:
+            add_product(apart, rows, self.gather(apart.shape[1]))
 
     def gather(self, outputs: int) -> torch.Tensor:
         """The sum for a residual of so many features."""
