@@ -5,6 +5,7 @@ import subprocess
 import sys
 import warnings
 import weakref
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -20,6 +21,7 @@ from wellrounded import native
 from wellrounded.checkpoint import Reader
 from wellrounded.errors import UsageError
 from wellrounded.nn import QuantLinear
+from wellrounded.presets import preset
 
 ROWS = tiny.ids(80).tolist()
 USUAL = "torch-int4" if native.missing() else "cpu"  # the kernel of a layer of 4 bits that nobody asked for another
@@ -74,8 +76,8 @@ def test_a_gptq_config_quantizes_as_the_command_does(llama, registered, tmp_path
         ({"group_size": 32}, {"group_size": 32}),
         ({"sym": False}, {"sym": False}),
         ({"desc_act": True}, {"act_order": True}),
-        ({"damp_percent": 0.1}, {"settings": wr.Settings(damping=0.1)}),
-        ({"true_sequential": False}, {"settings": wr.Settings(true_sequential=False)}),
+        ({"damp_percent": 0.1}, {"settings": replace(preset("default").settings, damping=0.1)}),
+        ({"true_sequential": False}, {"settings": replace(preset("default").settings, true_sequential=False)}),
         ({"batch_size": 5}, {}),
         ({"model_seqlen": 16}, {"length": 16}),
         (

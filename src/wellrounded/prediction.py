@@ -132,9 +132,12 @@ class Forecaster:
     def _inside(self, block: Block, room: Room) -> float:
         """A block, what of it is packed already, and what waits in it, beside the block as it was and what waits there.
 
+        Layers that are not solved yet are in both, the last ones while most is in memory.
         What layers add to a residual is kept, too, until it has been compared.
         """
-        inside = block.bytes * (1 + self.compared + self.plan_bits / 16)
+        inside = block.bytes * (1 + self.plan_bits / 16)
+        if self.compared:
+            inside += block.bytes - sum(2 * one.inputs * one.outputs * one.experts for one in block.sets[-1:])
         if room.waits:
             inside += self.work.tokens * (1 + self.compared) * block.waiting * 2
             inside += self.work.tokens * self.hidden * 2 * self.told

@@ -141,9 +141,10 @@ class Originals:
 
         def wrote(block: nn.Module, share: float, layer: nn.Module, args: tuple, output: torch.Tensor) -> None:
             batch = self._at[getcurrent()]
-            if output.numel() == self.theirs.hidden(self.numbers[batch]).numel():
-                so_far = self._wrote.get((block, batch))
-                self._wrote[block, batch] = share * output if so_far is None else so_far + share * output
+            hidden = self.theirs.hidden(self.numbers[batch])
+            if output.numel() == hidden.numel():
+                so_far, added = self._wrote.get((block, batch)), share * output.reshape(hidden.shape)  # some flatten it
+                self._wrote[block, batch] = added if so_far is None else so_far + added
 
         blocks = [self.twin.block, *([self.block] if self.twin.tracks else [])]
         with ExitStack() as hooks:
