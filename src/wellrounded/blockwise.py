@@ -106,7 +106,9 @@ class Blockwise:
         """
         originals = [stream.original for stream in calibrating if stream.original is not None]
         if originals and known is not None:
-            block = self.walk.blocks[index]  # whose parameters are replaced, never written to: until then they are shared
+            block = self.walk.blocks[
+                index
+            ]  # whose parameters are replaced, never written to: until then they are shared
             block = copy.deepcopy(block, {id(parameter): parameter for parameter in block.parameters()})
             return Twin(block, writers, self.settings.token_weights, self.settings.residual)
         self.walk.advance(index, *originals)
