@@ -78,7 +78,7 @@ def measure(device: str, settings: gptq.Settings) -> Rates:
     rounding = _seconds(lambda: rtn.solve(weight, None, scheme), device) / weight.numel()
     logits = torch.randn(32, 32768, device=device)
     comparing = 2 * logits.numel() / _seconds(lambda: torch.log_softmax(logits.bfloat16().float(), -1).exp(), device)
-    factors = (1 + max(1, len(settings.dampings))) if settings.paired else 1
+    factors = 2 if settings.paired else 1
     return Rates(products, gram, square, linear, factors / gram / 3, rounding, comparing / 3, drift)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import partial
 from math import log10
 
@@ -53,17 +52,15 @@ def solve(
     """
     rows = [len(weight) for weight in weights[0]]
     try:
-        solutions, aims = _solutions(weights, members, scheme, settings, calibrated)
-        for member, mine, layers, (solved, chosen, fallback) in zip(members, weights, names, solutions):
+        solutions, chosen, aims = _solutions(weights, members, scheme, settings, calibrated)
+        for member, mine, layers, (solved, damping, fallback) in zip(members, weights, names, solutions):
             if member.filled and fallback is None:
                 fallback = f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
             for name, weight, piece, aim in zip(layers, mine, solved.split(rows), aims):
                 errors = errors_db(weight, piece, member.hessian, aim) if member.hessian is not None else (None, None)
                 about = (name, str(scheme), weight.numel(), member.tokens, *errors)
-                if chosen is None:
-                    yield piece, LayerResult(*about, None, fallback)
-                else:
-                    yield piece, LayerResult(*about, chosen.damping, fallback, chosen.upstream, chosen.residual)
+                made_up_for = (0.0, 0.0) if damping is None else (chosen.upstream, chosen.residual)
+                yield piece, LayerResult(*about, damping, fallback, *made_up_for)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(name for layers in names for name in layers)}: {error}") from None
 
@@ -104,23 +101,22 @@ def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
 
 def _solutions(
     weights: list[list[torch.Tensor]], members: list[Member], scheme: Scheme, settings: gptq.Settings, calibrated: bool
-) -> tuple[list[tuple[QuantizedWeight, choice.Choice | None, str | None]], list[torch.Tensor | None]]:
-    """For each member, its quantized form, what was chosen, None if it was rounded plainly, and why it differs.
+) -> tuple[list[tuple[QuantizedWeight, float | None, str | None]], choice.Choice, list[torch.Tensor | None]]:
+    """For each member, its quantized form, the damping, None if it was rounded plainly, and why it differs.
 
-    And for each layer AIM_ROWS of what was aimed for, evenly spaced, or None if that were the weights.
+    And what the layers make up for, and for each AIM_ROWS of what was aimed for, evenly spaced, None if the weights.
     """
+    chosen, aim = choice.Choice(), None
     nothing: list[torch.Tensor | None] = [None] * len(weights[0])
     known = [member.hessian for member in members if member.hessian is not None]
     if len(known) < len(members):  # no token reached any of them
         why = "no calibration token reached this layer" if calibrated else None
-        return [(_rounded(mine, None, scheme), None, why) for mine in weights], nothing
+        return [(_rounded(mine, None, scheme), None, why) for mine in weights], chosen, nothing
     rows, (moments, held) = sum(len(weight) for weight in weights[0]), (members[0].moments, members[0].held_out)
-    chosen, aim = choice.Choice(settings.damping), None
     if moments is not None and held is not None:
         every = slice(None, None, -(-rows // choice.ROWS))
         some = torch.cat([weight[every].detach().float() for weight in weights[0]])
         chosen = choice.choose(some, moments, held, every, scheme, settings)
-        settings = replace(settings, damping=chosen.damping)
     prepared = gptq.prepare(known, scheme, settings)
     if moments is not None and not isinstance(prepared.factors.damping[0], FactorError):
         aim = partial(choice.target, moments=moments, prepared=prepared, choice=chosen)
@@ -130,14 +126,14 @@ def _solutions(
         rows_of = ((weight, spaced(weight, AIM_ROWS)) for weight in weights[0])
         aims = [aim(weight[some].detach().float(), rows=some) for weight, some in rows_of]
     del prepared, aim  # and with them the factors, which are large
-    found: list[tuple[QuantizedWeight, choice.Choice | None, str | None]] = []
+    found: list[tuple[QuantizedWeight, float | None, str | None]] = []
     for mine, hessian, solved, damping in zip(weights, known, quantized, dampings):
         if isinstance(damping, FactorError):
             found.append((_rounded(mine, hessian, scheme), None, f"plain rounding: {damping}"))
             continue
         why = f"damping raised from {settings.damping:g} to {damping:g}" if damping > settings.damping else None
-        found.append((solved, replace(chosen, damping=damping), why))
-    return found, aims
+        found.append((solved, damping, why))
+    return found, chosen, aims
 
 
 def _taken(weights: list[list[torch.Tensor]], aim: Callable[..., torch.Tensor] | None, some: slice) -> torch.Tensor:

@@ -12,9 +12,7 @@ Sources: Arai and Ichikawa, "Quantization Error Propagation" (2025) for D; Li et
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import product
+from dataclasses import dataclass
 
 import torch
 
@@ -30,9 +28,8 @@ ROWS = 256  # of the weight, evenly spaced, that choices are made on
 
 @dataclass(frozen=True)
 class Choice:
-    """The relative damping, and the shares of the errors in what is read, and in the residual, that are made up for."""
+    """The shares, from 0 to 1, of the errors in what is read, and in the residual, that are made up for."""
 
-    damping: float
     upstream: float = 0.0
     residual: float = 0.0
 
@@ -40,30 +37,16 @@ class Choice:
 def choose(
     weight: torch.Tensor, moments: Moments, held_out: Moments, rows: slice, scheme: Scheme, settings: Settings
 ) -> Choice:
-    """How to solve a layer so as to lose least on held-out tokens; weight float32 [some, in] is `rows` of its weight.
+    """What a layer should make up for to lose least on held-out tokens; weight float32 [some, in] is `rows` of its own.
 
     `held_out` is a part of what `moments` has counted, and is taken out of it while this goes on.
     """
-    found: dict[Choice, float] = {}
-    dampings = settings.dampings or (settings.damping,)
     with moments.without(held_out):
-        for damping in dampings:
-            prepared = gptq.prepare([moments.hessian], scheme, replace(settings, damping=damping))
-            if isinstance(prepared.factors.damping[0], FactorError):
-                continue
-            most = Choice(damping, float(settings.upstream), float(settings.residual))
-            parts = corrections(weight, moments, prepared, rows, most)
-            choice = Choice(damping, *shares(weight, parts, held_out, rows))
-            found[choice] = 0.0
-            if len(dampings) > 1:
-                aim = corrected(weight, parts, choice).unsqueeze(0)
-                (solved,) = prepared.solve(len(weight), partial(_rows, aim))
-                found[choice] = held_out.loss(weight, solved.dequantize(), rows)
-    return min(found, key=found.__getitem__) if found else Choice(settings.damping)
-
-
-def _rows(stack: torch.Tensor, some: slice) -> torch.Tensor:
-    return stack[:, some]
+        prepared = gptq.prepare([moments.hessian], scheme, settings)
+        if isinstance(prepared.factors.damping[0], FactorError):
+            return Choice()
+        most = Choice(float(settings.upstream), float(settings.residual))
+        return Choice(*shares(weight, corrections(weight, moments, prepared, rows, most), held_out, rows))
 
 
 def target(weight: torch.Tensor, moments: Moments, prepared: Prepared, rows: slice, choice: Choice) -> torch.Tensor:
@@ -115,23 +98,28 @@ def shares(
     quadratic = quadratic.double().cpu()
     if not (torch.isfinite(linear).all() and torch.isfinite(quadratic).all()):
         raise NumericsError("the inputs of this layer, or the residual, hold NaN or Inf in the original model")
-    best = iter(_least(quadratic, linear))
+    best = iter(_least(quadratic.tolist(), linear.tolist()))
     return tuple(next(best) if part is not None else 0.0 for part in parts)
 
 
-def _least(quadratic: torch.Tensor, linear: torch.Tensor) -> list[float]:
-    """The x in [0, 1]^k, k of 1 or 2, with the least `x^T A x - 2 b^T x`: inside, or on an edge, or in a corner."""
-    k = len(linear)
-    candidates = [torch.tensor(corner, dtype=torch.float64) for corner in product((0.0, 1.0), repeat=k)]
-    for free in product((True, False), repeat=k):
-        for fixed in product((0.0, 1.0), repeat=k):
-            x = torch.tensor(fixed, dtype=torch.float64)
-            inside = torch.tensor(free)
-            if not inside.any():
-                continue
-            rest = linear - quadratic @ torch.where(inside, 0.0, x)
-            solved = torch.linalg.lstsq(quadratic[inside][:, inside], rest[inside].unsqueeze(1)).solution.squeeze(1)
-            x[inside] = solved
-            if torch.isfinite(x).all() and ((x >= 0) & (x <= 1)).all():
-                candidates.append(x)
-    return min(candidates, key=lambda x: float(x @ quadratic @ x - 2 * linear @ x)).tolist()
+def _least(quadratic: list[list[float]], linear: list[float]) -> list[float]:
+    """The x in [0, 1]^k, k of 1 or 2, with the least `x^T A x - 2 b^T x`: inside, or on an edge, or in a corner.
+
+    In plain numbers: a LAPACK routine's last digits depend on where in memory its arguments lie.
+    """
+
+    def edge(linear: float, quadratic: float) -> float:
+        return min(max(linear / quadratic, 0.0), 1.0) if quadratic > 0 else float(2 * linear > quadratic)
+
+    if len(linear) == 1:
+        return [edge(linear[0], quadratic[0][0])]
+    ((a, c), (d, b)), (p, q) = quadratic, linear
+    candidates = [[x, edge(q - d * x, b)] for x in (0.0, 1.0)] + [[edge(p - c * y, a), y] for y in (0.0, 1.0)]
+    if (determinant := a * b - c * d) > 0:
+        inside = [(p * b - c * q) / determinant, (a * q - d * p) / determinant]
+        candidates += [inside] if all(0 <= x <= 1 for x in inside) else []
+
+    def value(x: list[float]) -> float:
+        return a * x[0] ** 2 + (c + d) * x[0] * x[1] + b * x[1] ** 2 - 2 * (p * x[0] + q * x[1])
+
+    return min(candidates, key=value)

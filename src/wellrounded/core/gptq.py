@@ -42,7 +42,6 @@ class Settings:
     order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
     refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
-    dampings      if there are any: tried instead of `damping`, the one chosen per set of siblings on held-out tokens
     upstream      whether a layer makes up for the errors in what it reads, as far as held-out tokens bear that out; all
                   that needs the original beside the quantized model takes a second stream of activations
     residual      whether a layer that writes to the residual stream makes up for the errors in that (see core.choice)
@@ -57,7 +56,6 @@ class Settings:
     order: str = "importance"
     candidates: int = 32
     refit_sweeps: int = 1
-    dampings: tuple[float, ...] = ()
     upstream: bool = False
     residual: bool = False
     token_weights: bool = False
@@ -73,7 +71,7 @@ class Settings:
     @property
     def paired(self) -> bool:
         """Whether it must be known what layers read in the original model."""
-        return self.upstream or self.residual or self.token_weights or bool(self.dampings)
+        return self.upstream or self.residual or self.token_weights
 
 
 def solve(
