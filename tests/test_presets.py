@@ -225,7 +225,8 @@ def test_a_model_in_memory_is_left_untouched(source, made, quick, tmp_path):
 
 def test_blocks_that_share_weights_learn_together_and_store_them_once(monkeypatch, tmp_path):
     short = replace(QUICK, steps=2, windows_per_step=4, every=1)
-    monkeypatch.setitem(presets.PRESETS, "best", replace(BEST, training=short))
+    for name, trains in {"best": short, "untrained": None}.items():
+        monkeypatch.setitem(presets.PRESETS, name, replace(BEST, training=trains))
     source = tiny.save(tiny_configs.build("zamba2", attn_implementation="eager").bfloat16(), tmp_path / "source")
     report, _ = (quantize(source, tmp_path / name, name, samples=24) for name in ("best", "untrained"))
     before, best = (tiny.tensors(tmp_path / name) for name in ("untrained", "best"))

@@ -29,6 +29,7 @@ from .model.experts import Experts
 from .model.inputs import Member
 from .model.stream import SpillFile, Stream, mapped
 from .model.walk import BlockWalk
+from .model.weights import put
 from .plan import UNUSED, make_plan
 from .progress import Clock, Progress
 from .proof import Behind, fidelity
@@ -221,7 +222,7 @@ class Run:
                 self.work.place(result.name, weight)
             self._inherit(name, block)
             for full in [full for full in gains if full.startswith(f"{name}.")]:
-                self.walk.model.get_parameter(full).copy_(gains.pop(full))
+                put(self.walk.model, full, gains.pop(full))
             self.walk.advance(index, *again)
         with self.walk.outside():
             for full, gain in gains.items():

@@ -172,6 +172,7 @@ class Report:
             "problems": self.problems(),
             "version": self.version,
             "generates": self.generates,
+            "training": self.training,
             "budget": self.budget,
             "layers": [{**asdict(layer), "bits_per_weight": self._bits.get(layer.name)} for layer in self.layers],
         }
@@ -237,6 +238,7 @@ class Report:
                 )
             )
         rows += fidelity_rows(self.fidelity or {})
+        rows += training_rows(self.training or {})
         rows += budget_rows(self.budget or {})
         rows.append(
             ("time", f"{self.seconds.get('total', 0):.0f} s, peak memory {self.peak_rss_bytes / 2**30:.2f} GiB")
@@ -270,6 +272,18 @@ def fidelity_rows(f: Mapping[str, float], digits: int = 2) -> list[tuple[str, st
         pooled = f"{f['cosine_mean']:.4f} mean, {f['cosine_worst']:.4f} worst of the windows"
         rows.append(("cosine", f"{pooled}, {f['cosine_tokens']:.4f} token by token"))
     return rows
+
+
+def training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """What training scales and norms did, as a (label, value) row."""
+    if not training:
+        return []
+    text = f"step {training['best_step']} of {training['steps']}, {training['windows']} windows"
+    looks = {step: held_out for step, _, held_out in training["kl"]}
+    first, best = looks.get(0), looks.get(training["best_step"])
+    if first is not None and best is not None:
+        text += f"; on the text it was chosen by, KL {first:.4f} before and {best:.4f} then"
+    return [("training", text)]
 
 
 def budget_rows(budget: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -28,7 +28,7 @@ from .originals import Originals, Twin
 from .rotation import Change, candidates
 from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
-from .weights import Read, materialize, release
+from .weights import Read, materialize, put, release
 
 ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
 
@@ -200,13 +200,13 @@ class BlockWalk:
             for part, change in changes.items():
                 value = self._read(f"{name}.{part}")
                 new = change(kept[part] if value is None else value)
-                _put(block, part, new.to(kept[part].device, kept[part].dtype))
+                put(block, part, new)
             moved = self._written(index, stream, batch, rotation.output) - before
             if moved.square().mean() < (EXACT * before).square().mean():
                 self.changes |= {f"{name}.{part}": change for part, change in changes.items()}
                 return [rotation.values, rotation.output]
             for part, parameter in kept.items():
-                _put(block, part, parameter)
+                put(block, part, parameter)
         return []
 
     def _written(self, index: int, stream: Stream, batch: int, name: str) -> torch.Tensor:
@@ -460,8 +460,3 @@ class BlockWalk:
                 del block.forward
                 if forward is not None:
                     block.forward = forward
-
-
-def _put(module: nn.Module, name: str, value: torch.Tensor) -> None:
-    owner, _, leaf = name.rpartition(".")
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(value.detach(), requires_grad=False))

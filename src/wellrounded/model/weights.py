@@ -80,3 +80,12 @@ def release(module: nn.Module, prefix: str = "", leave: tuple[str, ...] = ()) ->
                 if id(parameter) not in empty:
                     empty[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), requires_grad=False)
                 owner._parameters[attr] = empty[id(parameter)]
+
+
+def put(module: nn.Module, name: str, value: torch.Tensor) -> None:
+    """Give a parameter of a module a new value, on its device and in its dtype; the old tensor is not written to."""
+    owner, _, leaf = name.rpartition(".")
+    old = module.get_parameter(name)
+    setattr(
+        module.get_submodule(owner), leaf, nn.Parameter(value.detach().to(old.device, old.dtype), requires_grad=False)
+    )
