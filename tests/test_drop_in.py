@@ -78,7 +78,6 @@ def test_a_gptq_config_quantizes_as_the_command_does(llama, registered, tmp_path
         ({"desc_act": True}, {"act_order": True}),
         ({"damp_percent": 0.1}, {"settings": replace(preset("default").settings, damping=0.1)}),
         ({"true_sequential": False}, {"settings": replace(preset("default").settings, true_sequential=False)}),
-        ({"batch_size": 5}, {}),
         ({"model_seqlen": 16}, {"length": 16}),
         (
             {"modules_in_block_to_quantize": [["self_attn.k_proj", "self_attn.v_proj"], ["mlp.down_proj"]]},
@@ -96,7 +95,7 @@ def test_what_a_gptq_config_asks_for_is_what_is_done(llama, registered, tmp_path
     same_as_usual = (tmp_path / "usual" / "model.safetensors").read_bytes() == (
         tmp_path / "out" / "model.safetensors"
     ).read_bytes()
-    assert same_as_usual == (same == {}), "the wish must make a difference"
+    assert not same_as_usual, "the wish must make a difference"
 
 
 def test_windows_per_forward_are_those_asked_for(llama, registered, monkeypatch):

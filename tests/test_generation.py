@@ -24,7 +24,7 @@ from wellrounded.errors import UsageError
 from wellrounded.hf import compiling
 from wellrounded.nn import QuantLinear
 
-PROMPTS = ["The quick", "A model reads tokens, and every token is a row", "fox"]
+PROMPTS = ["The quick", "A model reads tokens, and every token is a row", "lazy"]
 MESSAGES = [{"role": "user", "content": "The quick brown"}]
 NEW = 16  # tokens to write
 GREEDY = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False}
