@@ -168,6 +168,7 @@ class Run:
         teacher = self._teacher(writer, clock, spill)
         self.plan.excuse(self.walk.idle)
         give_back()
+        clock.enter()
         for index, name, block in self.walk:
             mine, replayed = self._mine(name, block), name in writer.finished
             streams, rotates = [*dense, *calibrating], self.settings.rotate and not self.owners

@@ -47,6 +47,10 @@ class Clock:
         """Since the start."""
         return time.perf_counter() - self._started
 
+    def enter(self) -> None:
+        """The blocks begin: what came before does not count as time that blocks take."""
+        self._last = time.perf_counter()
+
     def passed(self, name: str, tokens: int, replayed: bool, report: Report) -> None:
         """A block is done, through which `tokens` went."""
         now = time.perf_counter()
@@ -63,6 +67,20 @@ class Clock:
     def say(self, message: str) -> None:
         """Something that happened in between."""
         self.tell(Progress(self.done, self.total, self.seconds, "", message=message))
+
+
+class Pace:
+    """How long counted steps will still take, by those taken since the first one that was told of."""
+
+    def __init__(self, done: int = 0) -> None:
+        self._first, self._started = done, time.perf_counter()
+
+    def left(self, done: int, total: int) -> str:
+        """`, about 4 min left`, or nothing where nothing is known, or left."""
+        if not self._first < done < total:
+            return ""
+        took = time.perf_counter() - self._started
+        return f", about {duration(took / (done - self._first) * (total - done))} left"
 
 
 def lines(progress: Progress) -> list[str]:

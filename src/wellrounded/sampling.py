@@ -14,6 +14,7 @@ import torch
 from . import tensorfile
 from .model.walk import BlockWalk
 from .model.weights import materialize, release
+from .progress import Pace
 
 AT_ONCE = 64  # windows that are continued side by side
 PROMPT = 8  # one part in so many of a window is read, the others are written
@@ -32,6 +33,7 @@ def sample(walk: BlockWalk, windows: torch.Tensor, count: int, seed: int, say: C
     starts = [(n % len(windows), n // len(windows) * prompt % (length - prompt + 1)) for n in range(count)]
     prompts = torch.stack([windows[window, start : start + prompt] for window, start in starts])
     parts: list[torch.Tensor] = []
+    pace = Pace()
     materialize(model, walk.read, device=walk.device)
     try:
         with torch.random.fork_rng(), torch.no_grad():
@@ -42,7 +44,8 @@ def sample(walk: BlockWalk, windows: torch.Tensor, count: int, seed: int, say: C
                     temperature=1.0, min_new_tokens=length - prompt, max_new_tokens=length - prompt,
                 )  # fmt: skip
                 parts.append(written[:, :length].cpu())
-                say(f"the original writes text to train on: {sum(map(len, parts))} of {count} windows")
+                done = sum(map(len, parts))
+                say(f"the original writes text to train on: {done} of {count} windows{pace.left(done, count)}")
     finally:
         release(model)
     return torch.cat(parts)

@@ -14,6 +14,7 @@ from .learned import shared_modules
 from .ledger import Ledger
 from .model.stream import Stream
 from .model.walk import BlockWalk
+from .progress import Pace
 from .sampling import sampled
 from .student import Student
 from .training import Training, train
@@ -53,11 +54,16 @@ class Tuning:
         student = Student(self.walk, quantized, self.owners, self._fixed())
         every = self.training.every
 
+        pace: Pace | None = None
+
         def tell(step: int, total: int, kl: float | None, held_out: float | None) -> None:
+            nonlocal pace
+            pace = pace or Pace(step)
             if held_out is not None or step % every == 0:
                 seen = [f"KL {kl:.4f}"] if kl is not None else []
                 seen += [f"{held_out:.4f} on held-out text"] if held_out is not None else []
-                say(f"training scales and norms: step {step} of {total}, {', '.join(seen)}")
+                left = pace.left(step, total)
+                say(f"training scales and norms: step {step} of {total}, {', '.join(seen)}{left}")
 
         trained = train(student, teacher, held, self.training, state, tell)
         tensors: dict[str, torch.Tensor] = {}
