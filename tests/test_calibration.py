@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import pairwise
 
 import pytest
 import torch
@@ -71,6 +72,28 @@ def test_windows_never_overlap_each_other_or_what_is_held_out(count):
     used = got.windows.ids.flatten().tolist() + got.held_out.ids.flatten().tolist()
     assert len(set(used)) == len(used)
     assert len(got.windows) == min(4, (count - 8) // 8)
+
+
+@pytest.mark.parametrize("count", [40, 47, 100, 200, 333])
+def test_further_windows_lie_between_and_the_others_stay_where_they_are(count):
+    usual, got = take([numbers(count)]), take([numbers(count)], further=9)
+    assert torch.equal(usual.windows.ids, got.windows.ids) and torch.equal(usual.held_out.ids, got.held_out.ids)
+    further = got.further.ids.tolist() if got.further else []
+    assert all(window == numbers(8, start=window[0]) for window in further)
+    used = torch.cat([got.windows.ids, got.held_out.ids, torch.tensor(further, dtype=torch.int64).view(-1, 8)])
+    assert len(used.unique()) == used.numel()
+    assert len(further) == {40: 0, 47: 0, 100: 4, 200: 9, 333: 9}[count]
+    assert usual.further is None and (usual.digest == got.digest) is (not further)
+
+
+def test_further_windows_are_spread_and_every_source_gives_its_share():
+    got = take([numbers(1000)], samples=5, length=10, held_out=3, further=4)
+    starts = [window[0] for window in got.further.ids.tolist()]
+    assert len(starts) == 4 and all(200 < after - before < 250 for before, after in pairwise(starts))
+    rows = torch.arange(20 * 8).reshape(20, 8)
+    some = take(rows, held_out=2, further=30)
+    assert sorted(some.further.ids[:, 0].tolist()) == [8 * n for n in range(20) if n not in (0, 4, 9, 10, 14, 19)]
+    assert some.sources[0].dropped == 0 and "not needed" not in some.describe()
 
 
 def test_a_short_text_gives_what_it_has_and_says_so():

@@ -24,9 +24,12 @@ from wellrounded.learned import divergence
 from wellrounded.presets import BEST, DEFAULT, FAST, preset
 from wellrounded.report import Report
 from wellrounded.request import Request
-from wellrounded.training import Training
+from wellrounded.training import Training, train
 
 QUICK = Training(steps=6, windows_per_step=8, every=2, scale_rate=1e-2, norm_rate=5e-3)
+
+
+TEXT = tiny.ids(160)  # enough to calibrate on 64 windows, to hold 16 out, and to train on others
 
 
 def correlated(kind: str = "llama", **changes) -> torch.nn.Module:
@@ -44,7 +47,7 @@ def source(tmp_path_factory) -> Path:
 
 
 def quantize(source, out, name, **options) -> Report:
-    return tiny.quantize(source, out, preset=name, **{"bits": 3, "group_size": 32, **options})
+    return tiny.quantize(source, out, preset=name, **{"calibration": TEXT, "bits": 3, "group_size": 32, **options})
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +68,7 @@ def quick(monkeypatch):
 
 def held_out(source, **options) -> torch.Tensor:
     """int64 [windows, length]: those that a result is proved on."""
-    asked = Request(**{"calibration": tiny.ids(), "samples": 64, "length": tiny.LENGTH, "device": "cpu", **options})
+    asked = Request(**{"calibration": TEXT, "samples": 64, "length": tiny.LENGTH, "device": "cpu", **options})
     return asked._calibration(open_source(source)).held_out.ids
 
 
@@ -97,7 +100,7 @@ def test_every_preset_has_all_that_the_one_before_has():
 
 
 def test_fast_is_the_solver_with_its_own_settings(source, made, tmp_path):
-    tiny.quantize(source, tmp_path / "out", bits=3, group_size=32, settings=Settings())
+    tiny.quantize(source, tmp_path / "out", calibration=TEXT, bits=3, group_size=32, settings=Settings())
     assert contents(tmp_path / "out") == contents(source.parent / "fast")
 
 
@@ -183,6 +186,24 @@ def test_the_report_says_what_training_did_and_how_close_that_came(source, made)
     untrained = wr.load(source.parent / "untrained", kernel="reference")
     assert kl(dense(source), untrained, choosing) == pytest.approx(looks[0], rel=0.05)
     assert kl(dense(source), untrained, proving) == pytest.approx(told["fidelity"]["kl_mean"], rel=0.05)
+
+
+@pytest.mark.parametrize(("rows", "written"), [(72, 47), (100, 22), (160, 0)])
+def test_it_is_trained_on_further_text_and_then_on_what_the_original_writes(rows, written, source, quick, tmp_path):
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tuning, "train", lambda student, teacher, *rest: seen.append(teacher) or train(student, teacher, *rest)
+        )
+        report = quantize(source, tmp_path / "out", "best", calibration=tiny.ids(rows))
+    assert (report.training["written"], report.training["windows"]) == (written, 48)
+    ids, given = torch.cat(seen[0].ids).tolist(), tiny.ids(rows).flatten().unfold(0, tiny.LENGTH, 1).tolist()
+    assert len(ids) == 48 and all(one in given for one in ids[: 48 - written])
+    assert not any(one in given for one in ids[48 - written :])
+    asked = Request(calibration=tiny.ids(rows), samples=64, length=tiny.LENGTH, device="cpu", preset="best")
+    gathered = asked._calibration(open_source(source))
+    others = [*gathered.windows.ids.tolist(), *gathered.held_out.ids.tolist()]
+    assert not any(one in others for one in ids), "nothing is trained on that was calibrated on, or that proves"
 
 
 def test_best_as_it_is_is_not_worse_than_without_its_training(source, made, tmp_path):
@@ -289,13 +310,14 @@ STOPS = {
 def test_a_run_that_was_killed_after_this_goes_on_to_the_same_bytes(stop, source, made, quick, monkeypatch, tmp_path):
     monkeypatch.setattr(writing, "SHARD_BYTES", 40_000)
     out, whole, said, trains = tmp_path / "out", tmp_path / "whole", [], []
+    text = {"calibration": tiny.ids() if "written" in stop else TEXT}  # of which there are too few to train on
 
     def work() -> None:
         torch.set_num_threads(1)  # threads do not survive a fork
         if not whole.exists():
-            quantize(source, whole, "best")
+            quantize(source, whole, "best", **text)
         STOPS[stop]()
-        quantize(source, out, "best")
+        quantize(source, out, "best", **text)
 
     assert in_child(work).how == KILLED
     assert not out.exists() and len(list(whole.glob("*.safetensors"))) > 2
@@ -303,7 +325,7 @@ def test_a_run_that_was_killed_after_this_goes_on_to_the_same_bytes(stop, source
     def go_on() -> None:
         torch.set_num_threads(1)
         count(trains)
-        quantize(source, out, "best", progress=lambda progress: said.append(progress.message))
+        quantize(source, out, "best", **text, progress=lambda progress: said.append(progress.message))
         (tmp_path / "said").write_text("\n".join([*said, f"trained {len(trains)} times"]))
 
     ended = in_child(go_on)

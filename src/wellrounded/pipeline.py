@@ -292,14 +292,15 @@ class Run:
         return self.walk.stream(held.ids, held.mask, 1, held.more, spill)
 
     def _teacher(self, writer: Store, clock: Clock, spill: SpillFile | None) -> list[Stream]:
-        """Text of the original's own to train on, on its way through the original, if there is any."""
+        """What is trained on, on its way through the original; nothing if that is the calibration text itself."""
         if self.tuning is None or writer.amended is not None:
             return []
-        windows = self.calibration.windows
-        ids = self.tuning.text(windows, writer.state, clock.say)
-        if ids is None:
+        text = self.tuning.text(self.calibration, writer.state, clock.say)
+        if text is self.calibration.windows:
             return []
-        return [self.walk.stream(ids, None, max(1, self.work.room.batch_tokens // windows.length), (), spill)]
+        return [
+            self.walk.stream(text.ids, text.mask, max(1, self.work.room.batch_tokens // text.length), text.more, spill)
+        ]
 
     def _mine(self, name: str, block: nn.Module) -> list[str]:
         """The layers of a block that are to be solved; what it shares with earlier blocks is solved there."""

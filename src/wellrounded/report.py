@@ -278,7 +278,8 @@ def training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:
     """What training scales and norms did, as a (label, value) row."""
     if not training:
         return []
-    text = f"step {training['best_step']} of {training['steps']}, {training['windows']} windows"
+    written = f", {training['written']} of them written by the original" if training["written"] else ""
+    text = f"step {training['best_step']} of {training['steps']}, {training['windows']} windows{written}"
     looks = {step: held_out for step, _, held_out in training["kl"]}
     first, best = looks.get(0), looks.get(training["best_step"])
     if first is not None and best is not None:

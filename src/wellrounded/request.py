@@ -143,11 +143,12 @@ class Request:
 
     def _calibration(self, source: Source) -> data.Calibration:
         length = self._window(source)
+        training = preset(self.preset).training
         vocabulary = source.config.get("vocab_size") or source.model.get_input_embeddings().num_embeddings
         calibration = data.gather(
             self.calibration, source.tokenizer, self.samples, length, self.seed, HELD_OUT,
             vocab_size=vocabulary, min_tokens=self.min_tokens, little=self.min_tokens < length,
-            inputs=inspect.signature(source.model.forward).parameters,
+            inputs=inspect.signature(source.model.forward).parameters, further=training.windows if training else 0,
         )  # fmt: skip
         if (tokens := calibration.windows.tokens) >= data.ENOUGH:
             return calibration

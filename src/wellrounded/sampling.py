@@ -60,7 +60,7 @@ def sampled(
     try:
         ids = sample(walk, windows, count, seed, say)
     except CANNOT as error:
-        say(f"the original writes no text ({type(error).__name__}: {error}); training on the calibration text")
+        say(f"the original writes no text ({type(error).__name__}: {error})")
         return None
     new = state.with_name(f"{state.name}.new")
     tensorfile.write(new, {"ids": ids})

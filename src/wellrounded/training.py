@@ -46,6 +46,11 @@ class Training:
         if min(self.steps, self.windows_per_step, self.every) < 1 or min(self.scale_rate, self.norm_rate) < 0:
             raise UsageError(f"{self}: steps, windows_per_step and every are at least 1, and no rate is negative")
 
+    @property
+    def windows(self) -> int:
+        """How many are trained on."""
+        return self.steps * self.windows_per_step
+
     def share(self, step: int) -> float:
         """Which part of its highest rate step 0, 1, ... has."""
         return min(1.0, (step + 1) / WARM_UP) * 0.5 * (1 + math.cos(math.pi * step / self.steps))

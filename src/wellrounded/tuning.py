@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from .calibration.windows import Windows
+from .calibration.mixture import Calibration
+from .calibration.windows import Windows, join
 from .core.weight import QuantizedWeight
 from .learned import shared_modules
 from .ledger import Ledger
@@ -29,18 +30,28 @@ class Tuning:
     def __init__(self, walk: BlockWalk, ledger: Ledger, version: str, training: Training) -> None:
         self.walk, self.ledger, self.version, self.training = walk, ledger, version, training
         self.owners = shared_modules(walk.model)
+        self.written = 0  # windows of what is trained on that the original wrote
 
-    def text(self, windows: Windows, states: Callable[[str], Path], say: Callable[[str], None]) -> torch.Tensor | None:
-        """int64 [n, length], what to train on instead of the calibration windows, which have been fitted to already.
+    def text(self, calibration: Calibration, states: Callable[[str], Path], say: Callable[[str], None]) -> Windows:
+        """What to train on instead of the calibration windows, which have been fitted to already.
 
-        None where the model continues no plain text.
+        That is further text of the same sources, and where they do not have enough, what the original writes. If it
+        cannot, the same is seen several times, in the worst case the calibration windows.
         """
+        windows, own = calibration.windows, calibration.further
+        missing = self.training.windows - (len(own) if own else 0)
+        if not missing and own:
+            return own
         causal = getattr(self.walk.model, "can_generate", lambda: False)()
-        if windows.mask is not None or windows.more or not causal:
-            say("training on the calibration text: the original cannot continue it")
-            return None
-        count = self.training.steps * self.training.windows_per_step
-        return sampled(self.walk, windows.ids, count, self.training.seed, states("sampled"), say)
+        plain = windows.mask is None and not windows.more
+        if plain and causal:
+            written = sampled(self.walk, windows.ids, missing, self.training.seed, states("sampled"), say)
+            if written is not None:
+                self.written = missing
+                return join([own, Windows(written)]) if own else Windows(written)
+        if not own:
+            say("training on the calibration text: there is no other, and the original writes none")
+        return own or windows
 
     def tune(
         self, quantized: Mapping[str, QuantizedWeight], teacher: Stream, held: Stream | None, state: Path,
@@ -72,11 +83,11 @@ class Tuning:
                 packed = self.ledger.packed(name, weight, self.version)
                 tensors |= {key: tensor for key, tensor in packed.items() if key.endswith(".scales")}
         tensors |= {self.ledger.stored[name]: gain for name, gain in trained.dense.items()}
-        windows = self.training.steps * self.training.windows_per_step
         return tensors, {
             "steps": self.training.steps,
             "best_step": trained.best_step,
-            "windows": windows,
+            "windows": self.training.windows,
+            "written": self.written,
             "kl": [[row.step, row.kl, row.held_out] for row in trained.history],
         }
 

@@ -44,18 +44,23 @@ class SourceUse:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Windows to calibrate on, others to prove the result on that share no token with them, and their origin."""
+    """Windows to calibrate on, others to prove the result on that share no token with them, and their origin.
+
+    `further` are windows of the same sources that are neither, as many as were asked for and are there.
+    """
 
     windows: Windows
     held_out: Windows
     sources: tuple[SourceUse, ...]
     note: str = ""
+    further: Windows | None = None
 
     @property
     def digest(self) -> str:
-        """Equal for two runs exactly if they calibrate on the same tokens: what a resumed run compares."""
+        """Equal for two runs exactly if they calibrate, and train, on the same tokens: what a resumed run compares."""
         digest = hashlib.sha256(f"{tuple(self.windows.ids.shape)}".encode())
-        for tensor in (self.windows.ids, self.windows.mask):
+        further = (self.further.ids, self.further.mask) if self.further else ()
+        for tensor in (self.windows.ids, self.windows.mask, *further):
             digest.update(b"" if tensor is None else _bytes(tensor))
         for window, more in enumerate(self.windows.more):
             for name, tensor in sorted(more.items()):
@@ -105,6 +110,7 @@ class _Part(NamedTuple):
 
     windows: Windows
     held_out: Windows
+    further: Windows
     use: SourceUse
     tokens: int  # all that it held, used or not
     note: str = ""
@@ -121,8 +127,11 @@ def gather(
     min_tokens: int = ENOUGH,
     little: bool = False,
     inputs: Collection[str] | None = None,
+    further: int = 0,
 ) -> Calibration:
     """`samples` windows of `length` tokens and up to `held_out` others, from whatever the user names; deterministic.
+
+    Up to `further` ones of the same sources come along, in the same shares.
 
     `calibration` is None for built-in text, a specification (see `parse`) or several parsed ones, or rows: texts, chats
     in the {"role", "content"} form, or token ids, the only kind that needs no `tokenizer`. Texts and ids of several
@@ -137,7 +146,8 @@ def gather(
     shares = _shares(sources, samples)
     least = min_tokens if len(sources) == 1 else 0
     asked = _Asked(Processor.of(tokenizer), length, vocab_size, inputs, least, little)
-    parts = [_take(source, *numbers, asked) for source, *numbers in zip(sources, shares, _split(held_out, shares))]
+    numbers = zip(shares, _split(held_out, shares), _split(further, shares))
+    parts = [_take(source, *each, asked) for source, each in zip(sources, numbers)]
     total = sum(part.tokens for part in parts)
     if total < min_tokens:
         raise UsageError(f"all calibration sources together hold {total:,} tokens, {min_tokens:,} are needed; add text")
@@ -150,17 +160,20 @@ def gather(
     if held_out and not len(proof):
         proof, note = _proof_from_builtin(held_out, asked)
         notes.append(note)
-    return Calibration(windows, proof, tuple(part.use for part in parts), "\n".join(filter(None, notes)))
+    others = join([part.further for part in parts])
+    note = "\n".join(filter(None, notes))
+    return Calibration(windows, proof, tuple(part.use for part in parts), note, others if len(others) else None)
 
 
-def _take(source: Source | Given, samples: int, held_out: int, asked: _Asked) -> _Part:
+def _take(source: Source | Given, samples: int, held_out: int, further: int, asked: _Asked) -> _Part:
     """The share of one source, cut from its stream or picked from its rows."""
-    read = source.read((samples + held_out) * asked.length)
+    wanted = samples + held_out + further
+    read = source.read(wanted * asked.length)
     found = sort_out(read.rows, source.title)
     dropped, notes, kind = read.passed_over + found.blank, [], f"{found.kind}s"
     if found.kind == "chat" and any(map(holds_pictures, found.items)):
         kind = "chats with pictures"
-        tokens, too_long = _with_pictures(found, read.folder, samples + held_out, asked, source.title)
+        tokens, too_long = _with_pictures(found, read.folder, wanted, asked, source.title)
         dropped += len(found.items) - len(tokens)
         notes.append(too_long)
     else:
@@ -169,15 +182,15 @@ def _take(source: Source | Given, samples: int, held_out: int, asked: _Asked) ->
         tokens = [Row(tokens)]  # one window, as long as it is
     available = _available(tokens, asked, source.title)
     divide = cut if isinstance(tokens, Tensor) else pick
-    windows, kept_out = divide(tokens, asked.length, samples, held_out)
+    windows, kept_out, others = divide(tokens, asked.length, samples, held_out, further)
     if not isinstance(tokens, Tensor):
-        dropped += len(tokens) - len(windows) - len(kept_out)
+        dropped += len(tokens) - len(windows) - len(kept_out) - len(others)
         longer = sum(row.tokens > asked.length for row in tokens)
         cut_rows = f"{longer} of {len(tokens)} rows were longer than {asked.length} tokens and are cut"
         notes.append(cut_rows if longer else "")
     name = f"given {kind}" if isinstance(source, Given) else source.title
     use = SourceUse(name, samples, len(windows), dropped, windows.tokens, len(kept_out))
-    return _Part(windows, kept_out, use, available, "\n".join(filter(None, notes)))
+    return _Part(windows, kept_out, others, use, available, "\n".join(filter(None, notes)))
 
 
 def _with_pictures(found: Rows, folder: Path, wanted: int, asked: _Asked, name: str) -> tuple[list[Row], str]:

@@ -68,11 +68,19 @@ class Windows:
         return (self[start : start + size] for start in range(0, len(self), size))
 
 
-def cut(stream: Tensor, length: int, samples: int, held_out: int) -> tuple[Windows, Windows]:
+class Divided(NamedTuple):
+    """Windows to calibrate on, those held out, and `further` ones that are neither; no token is in two of them."""
+
+    windows: Windows
+    held_out: Windows
+    further: Windows
+
+
+def cut(stream: Tensor, length: int, samples: int, held_out: int, further: int = 0) -> Divided:
     """Windows spread evenly over a stream, never overlapping; its tail is reserved first, for the held-out windows.
 
     At most a tenth of the stream is reserved, but one window of it as soon as there are three. A stream of fewer than
-    `samples` windows gives all it has, back to back.
+    `samples` windows gives all it has, back to back. So many `further` ones, if there are, lie between them.
     """
     reserved = min(held_out, len(stream) // 10 // length)
     if held_out and not reserved and len(stream) >= 3 * length:
@@ -80,12 +88,26 @@ def cut(stream: Tensor, length: int, samples: int, held_out: int) -> tuple[Windo
     end = len(stream) - reserved * length
     count = min(samples, end // length)
     step = max(length, (end - length) // count)
-    windows = stream[: (count - 1) * step + length].unfold(0, length, step).clone()
-    return Windows(windows), Windows(stream[end:].reshape(reserved, length).clone())
+    starts = torch.arange(count) * step
+    stretches = ((start + length, min(start + step, end) - length + 1) for start in starts.tolist())
+    between = [place for first, stop in stretches for place in range(first, stop, length)]
+    between = _evenly(torch.tensor(between, dtype=torch.int64), further)
+    chosen = (stream.unfold(0, length, 1)[each].clone() for each in (starts, between))
+    windows, others = map(Windows, chosen)
+    return Divided(windows, Windows(stream[end:].reshape(reserved, length).clone()), others)
 
 
-def pick(rows: Sequence[Row], length: int, samples: int, held_out: int) -> tuple[Windows, Windows]:
-    """Whole rows spread evenly over those given; every k-th row is reserved first, for the held-out windows."""
+def _evenly(positions: Tensor, most: int) -> Tensor:
+    """At most so many of them, spread evenly."""
+    count = min(most, len(positions))
+    return positions[torch.arange(count) * len(positions) // max(count, 1)]
+
+
+def pick(rows: Sequence[Row], length: int, samples: int, held_out: int, further: int = 0) -> Divided:
+    """Whole rows spread evenly over those given; every k-th row is reserved first, for the held-out windows.
+
+    So many `further` ones, if there are, are rows that would otherwise not be needed.
+    """
     windows = stack([fit(row, length) for row in rows])
     total = len(windows)
     reserved = min(held_out, max(1, total // 10)) if total >= FEWEST_ROWS_TO_HOLD_OUT else 0
@@ -94,9 +116,10 @@ def pick(rows: Sequence[Row], length: int, samples: int, held_out: int) -> tuple
     if reserved:
         every = total // reserved
         is_held = (position % every == every - 1) & (position < reserved * every)
-    left = position[~is_held]
-    count = min(samples, len(left))
-    return windows[left[torch.arange(count) * len(left) // count]], windows[is_held]
+    chosen = _evenly(position[~is_held], samples)
+    is_left = ~is_held
+    is_left[chosen] = False
+    return Divided(windows[chosen], windows[is_held], windows[_evenly(position[is_left], further)])
 
 
 def fit(row: Row, length: int) -> Row:
