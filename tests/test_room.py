@@ -304,6 +304,15 @@ def test_what_more_accuracy_takes_is_foretold(llama, monkeypatch):
     assert best.disk_bytes > default.disk_bytes and best.seconds > default.seconds
 
 
+def test_the_original_is_whole_in_memory_only_where_it_must_write():
+    enough, some, none = (forecaster(tiny.build("llama"), replace(SMALL, further=n), "best") for n in (256, 200, 0))
+    writing = [one.phases(Room()).get("writing text to train on") for one in (enough, some, none)]
+    assert writing[0] is None and writing[1] == writing[2] > tiny.build("llama").get_memory_footprint()
+    rates = prediction.Rates(*[1e9] * 8)
+    seconds = [one._training_seconds(rates, one.training) for one in (enough, some, none)]
+    assert 0 < seconds[0] < seconds[1] < seconds[2]
+
+
 def test_what_is_compared_with_the_original_is_there_twice_and_told_apart():
     """Of a layer, 4 matrices instead of one; of one that writes to the residual stream, a sum with that, twice."""
     fast, default = (forecaster(tiny.build("llama"), SMALL, name) for name in ("fast", "default"))

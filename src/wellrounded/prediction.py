@@ -126,7 +126,8 @@ class Forecaster:
             found["comparing"] = base + kept + self.outside + self._logits(2)
         if self.training:
             found["training"] = int(base + kept + self.outside + self._training(batch))
-            found["writing text to train on"] = int(base + kept + self._writing())
+            if self._missing():
+                found["writing text to train on"] = int(base + kept + self._writing())
         return found
 
     def _inside(self, block: Block, room: Room) -> float:
@@ -191,12 +192,16 @@ class Forecaster:
             return 0
         tokens = self.work.tokens + 2 * self.work.held_out * self.work.length
         masks = tokens * self.work.length if self.work.padded else 0
-        others = (self.streams - 1) * self.work.tokens + self._written()
+        others = (self.streams - 1) * self.work.tokens + self._learned()
         return (tokens + others) * self.hidden * 2 + masks
 
-    def _written(self) -> int:
-        """Tokens that the model writes to be trained on."""
-        return self.training.steps * self.training.windows_per_step * self.work.length if self.training else 0
+    def _learned(self) -> int:
+        """Tokens that are trained on."""
+        return self.training.windows * self.work.length if self.training else 0
+
+    def _missing(self) -> int:
+        """Tokens of these that the model must write itself."""
+        return max(0, self._learned() - self.work.further * self.work.length)
 
     def _solving(self, block: Block, room: Room, with_data: bool = True) -> int:
         """Hessians, factors, and what else solving takes, of the set of the block that takes most."""
@@ -251,7 +256,7 @@ class Forecaster:
         peak = max(phases.values())
         output = self.output_bytes()
         spilled = self._kept(replace(room, spills=False)) if room.spills else 0
-        trained = self.groups * 16 + self._written() * 8 if self.training else 0  # its state and text
+        trained = self.groups * 16 + self._missing() * 8 if self.training else 0  # its state and text
         disk = output + min(output, 4 * 2**30) + spilled + trained
         cuda = self.device.startswith("cuda")
         codes = self.codes if self.training else 0
@@ -290,9 +295,9 @@ class Forecaster:
     def _training_seconds(self, rates: Rates, training: Training) -> float:
         """A window goes through each block, again with a graph, and back for twice as much; others are looked at."""
         length = self.work.length
-        learned = self._written()
+        learned = self._learned()
         seen = (training.steps // training.every + 2) * -(-self.work.held_out // 2) * length
-        tokens = (5.5 + 1 + WRITING) * learned + seen  # they are written, and go through the original
+        tokens = (5.5 + 1) * learned + WRITING * self._missing() + seen  # they go through the original, too
         blocks = sum(rates.running(block, tokens, length * self.hidden) for block in self.blocks)
         behind = rates.answering(3 * learned + 2 * seen, self.hidden, self.vocabulary)
         return blocks + behind + self.source.bytes / rates.reading

@@ -83,7 +83,8 @@ class Request:
         padded = calibration is not None and calibration.windows.mask is not None
         length = calibration.windows.length if calibration else 1
         mine, theirs = (-(-len(all_) // team.size) for all_ in (windows, held))
-        share = Workload(mine, theirs, length, padded, team.size)
+        further = len(calibration.further or ()) if calibration else 0
+        share = Workload(mine, theirs, length, padded, team.size, further)
         run.work.room, run.foretold_bytes, run.caution = self._room(run, share)
         if team.size > 1:
             run.join(team)

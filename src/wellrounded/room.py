@@ -36,6 +36,7 @@ class Workload:
     """One process's share of a run: windows to calibrate on, and held-out ones, of one length; none for no data.
 
     processes  how many there are, to share the layers of a set of siblings too
+    further    windows of other text that there are to train on, as far as that is known
     """
 
     windows: int
@@ -43,6 +44,7 @@ class Workload:
     length: int
     padded: bool = False
     processes: int = 1
+    further: int = 0
 
     @property
     def tokens(self) -> int:
