@@ -144,6 +144,21 @@ def test_what_was_solved_before_memory_ran_out_is_not_solved_again(layer, llama,
     assert_close(tmp_path / "out", quantized)
 
 
+def test_single_windows_no_longer_wait_when_memory_runs_out(llama, quantized, tmp_path, monkeypatch):
+    run, failed = BlockWalk._run, []
+
+    def scarce(walk, index, stream, batch, **instead):
+        if index == 1 and batch == 40 and not failed:
+            failed.append(batch)
+            raise RuntimeError(FULL)
+        return run(walk, index, stream, batch, **instead)
+
+    monkeypatch.setattr(BlockWalk, "_run", scarce)
+    (said,) = run_in(Room(tiny.LENGTH), llama, tmp_path / "out")
+    assert failed and said.endswith("going on with single windows, none of which waits for others")
+    assert_close(tmp_path / "out", quantized)
+
+
 def test_memory_that_does_not_suffice_for_a_window_ends_the_run_and_keeps_its_blocks(narrow, llama, tmp_path):
     narrow(windows=0)
     with pytest.raises(OutOfMemory, match=r"model\.layers\.1: memory does not suffice .* are kept"):

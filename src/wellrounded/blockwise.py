@@ -140,6 +140,7 @@ class Blockwise:
                 "command again with --max-memory, or with fewer processes on each machine"
             )
         waited, self.room = self.room.waits, replace(self.room, waits=False)
+        less = "half the batch"
         try:
             for number, stream in enumerate(calibrating):
                 calibrating[number] = self.walk.halved(stream)
@@ -149,11 +150,12 @@ class Blockwise:
                     f"{self.walk.names[index]}: memory does not suffice for a single window ({lack}); finished blocks "
                     "are kept: free some memory or use shorter windows (--length), and run the same command again"
                 ) from None
+            less = "single windows, none of which waits for others"
         except RuntimeError as error:
             if not exhausted(error):
                 raise
             raise OutOfMemory(f"{self.walk.names[index]}: not even half a batch fits ({lack})") from None
-        clock.say(f"out of memory at {self.walk.names[index]} ({lack}): going on with half the batch")
+        clock.say(f"out of memory at {self.walk.names[index]} ({lack}): going on with {less}")
 
     def _observed(
         self, index: int, names: list[str], known: list[list[str]] | None, calibrating: list[Stream],
