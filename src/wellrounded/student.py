@@ -8,7 +8,6 @@ graph, keeps what entered each, and then goes back from the last to the first, r
 
 from __future__ import annotations
 
-from collections import UserDict
 from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from .core.weight import QuantizedWeight
 from .errors import UsageError
 from .learned import Gain, Learned, Scales, divergence, is_norm
 from .model import blocks as layers_of
-from .model.calls import Carried, carried_in, replaced
+from .model.calls import Box, Carried, boxes_in, carried_in, flat, replaced
 from .model.stream import Stream
 from .model.walk import BlockWalk
 from .model.weights import materialize, release
@@ -184,7 +183,7 @@ class Student:
         given; what this one was given by earlier ones is added to them.
         """
         entering = entered.detach().requires_grad_()
-        boxes = [box for box in _flat(stream.calls[batch][index]) if isinstance(box, UserDict)]
+        boxes = boxes_in(stream.calls[batch][index])
         stream.carried[batch] = replaced(stream.carried[batch], _leaf)
         for box in boxes:
             box.update({key: replaced(value, _leaf) for key, value in box.items()})
@@ -280,18 +279,11 @@ def _leaf(value: Any) -> Any:
     return value
 
 
-def _flat(value: Any) -> list[Any]:
-    """Whatever lies in containers of containers, in their order."""
-    found: list[Any] = []
-    replaced(value, found.append)
-    return found
-
-
-def _handed(carried: dict[Carried, Any], boxes: list[UserDict]) -> dict[tuple, torch.Tensor]:
+def _handed(carried: dict[Carried, Any], boxes: list[Box]) -> dict[tuple, torch.Tensor]:
     """Every tensor that a block is given, or has made, besides its hidden state, by where it is found.
 
     Some models pass a box to all blocks, in which one leaves keys and values for others (transformers' KVSharingDict).
     """
     places = [*carried.items(), *(((id(box), key), value) for box in boxes for key, value in box.items())]
-    tensors = ((place, [one for one in _flat(value) if isinstance(one, torch.Tensor)]) for place, value in places)
+    tensors = ((place, [one for one in flat(value) if isinstance(one, torch.Tensor)]) for place, value in places)
     return {(place, number): one for place, found in tensors for number, one in enumerate(found)}

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 import tiny
+import tiny_configs
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
 from wellrounded.model.stream import SpillFile
 from wellrounded.model.walk import BlockWalk
@@ -151,6 +152,30 @@ def test_halved_batches_go_on_where_they_were(kind, after, spilled, tmp_path):
     assert torch.allclose(got[PADDED], expected(model, mask=PADDED)[PADDED], atol=1e-5)
     with pytest.raises(MemoryError, match="single window"):
         walk.halved(walk.halved(stream))
+
+
+BOXES = {
+    "gemma3n_text": {},
+    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": ["sliding_attention", "full_attention"] * 2},
+}
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+@pytest.mark.parametrize("kind", BOXES)
+def test_what_blocks_leave_for_later_ones_stays_with_its_windows(kind, batch):
+    """In a box that the model gives all of them: each batch has its own, and so has a stream that goes another way."""
+    model = tiny_configs.build(kind, num_hidden_layers=4, **BOXES[kind])
+    walk = walk_of(model)
+    stream = walk.stream(TOKENS, None, batch)
+    other = stream.twin()
+    for index, _, _ in walk:
+        if index == 1 and batch > 1:
+            stream = walk.halved(stream)
+        for one in range(len(other.ids)):  # what the other one leaves is wrong
+            other._hidden[one] = torch.zeros_like(other.hidden(one))
+        walk.advance(index, stream, other)
+    got = torch.cat([walk.logits(stream, one) for one in range(len(stream.ids))])
+    assert torch.allclose(got, expected(model), atol=1e-5)
 
 
 # ---- the hollow walk ----

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections import UserDict
 from collections.abc import Callable, Iterator
+from copy import copy
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 Call = tuple[tuple, dict[str, Any]]  # arguments, without the hidden state
+Box = UserDict  # in which blocks leave keys and values for later ones: transformers' KVSharingDict is one
 
 
 @dataclass(frozen=True)
@@ -59,3 +62,21 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, dict) and isinstance(b, dict):
         return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
     return type(a) is type(b) and (a is b or a == b)
+
+
+def flat(value: Any) -> list[Any]:
+    """Whatever lies in containers of containers, in their order."""
+    found: list[Any] = []
+    replaced(value, found.append)
+    return found
+
+
+def boxes_in(value: Any) -> list[Box]:
+    """Each box once, in the order in which they are met."""
+    return list({id(one): one for one in flat(value) if isinstance(one, Box)}.values())
+
+
+def with_own_boxes(value: Any) -> Any:
+    """The same with boxes of its own, in which lies what lay in the others."""
+    own = {id(box): copy(box) for box in boxes_in(value)}
+    return replaced(value, lambda one: own.get(id(one), one)) if own else value

@@ -14,7 +14,7 @@ import torch
 
 from ..core.hessian import in_memory
 from ..errors import CheckpointError
-from .calls import Call, Carried, replaced
+from .calls import Call, Carried, boxes_in, replaced, with_own_boxes
 
 LARGE = 8192  # columns of a matrix that is worth a file: 256 MiB
 _numbers = count()
@@ -193,7 +193,8 @@ class Stream:
         """
         batch = 0
         for old, mine in enumerate(sizes):
-            pieces = other.hidden(old).split(mine)
+            hidden = other.hidden(old)
+            pieces = hidden.split(mine, max(0, hidden.ndim - 3))  # Gemma 3n has streams in front of the windows
             for number, piece in enumerate(pieces):
 
                 def cut(one: Any, number: int = number, mine: list[int] = mine) -> Any:
@@ -202,6 +203,8 @@ class Stream:
 
                 self.leave(batch, other.passed[old] - 1, piece)
                 self.carried[batch] = {key: replaced(value, cut) for key, value in other.carried[old].items()}
+                for theirs, own in zip(boxes_in(other.calls[old]), boxes_in(self.calls[batch])):
+                    own.update({key: replaced(value, cut) for key, value in theirs.items()})
                 batch += 1
 
     def some(self, batches: Sequence[int]) -> Stream:
@@ -215,7 +218,7 @@ class Stream:
     def twin(self) -> Stream:
         """The same windows where they are now, about to go another way than these."""
         twin = Stream(self.ids, self.masks, self.more, self.spill)
-        twin.calls, twin.passed = self.calls, list(self.passed)
+        twin.calls, twin.passed = [with_own_boxes(calls) for calls in self.calls], list(self.passed)
         twin.carried = [dict(each) for each in self.carried]
         held = (self.hidden(batch) for batch in range(len(self.ids)))
         twin._hidden = [hidden if self.spill is None else self.spill.put(hidden) for hidden in held]

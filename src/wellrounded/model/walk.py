@@ -22,7 +22,7 @@ from torch import nn
 from ..errors import NumericsError, UsageError
 from .blocks import find_blocks, idle_parts, shape_of
 from .blocks import towers as find_towers
-from .calls import Call, Carried, carried_in, hidden_of, hidden_of_output, same
+from .calls import Call, Carried, carried_in, hidden_of, hidden_of_output, same, with_own_boxes
 from .inputs import HERE, Bank, Siblings
 from .originals import Originals, Twin
 from .rotation import Change, candidates
@@ -109,7 +109,7 @@ class BlockWalk:
             hidden, calls = self._hollow_walk(ids, mask, more)
             # Batches that give a block the same masks and rotary tables share them.
             twin = stream.calls[0] if stream.calls and same(stream.calls[0], calls) else calls
-            stream.enter(hidden, twin)
+            stream.enter(hidden, with_own_boxes(twin))
         return stream
 
     def halved(self, stream: Stream) -> Stream:
