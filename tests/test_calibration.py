@@ -83,7 +83,8 @@ def test_further_windows_lie_between_and_the_others_stay_where_they_are(count):
     used = torch.cat([got.windows.ids, got.held_out.ids, torch.tensor(further, dtype=torch.int64).view(-1, 8)])
     assert len(used.unique()) == used.numel()
     assert len(further) == {40: 0, 47: 0, 100: 4, 200: 9, 333: 9}[count]
-    assert usual.further is None and (usual.digest == got.digest) is (not further)
+    assert usual.further is None and usual.further_digest is None and usual.digest == got.digest
+    assert (got.further_digest is None) is (not further) and got.further_digest != got.digest
 
 
 def test_further_windows_are_spread_and_every_source_gives_its_share():

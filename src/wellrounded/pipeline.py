@@ -359,13 +359,14 @@ class Run:
 
     def request(self) -> dict[str, Any]:
         """What decides every byte of the result, JSON-ready: a run is continued only by an equal request."""
+        further = self.calibration.further_digest if self.calibration else None
         return {
             "source": str(Path(self.source.label).resolve()) if Path(self.source.label).exists() else self.source.label,
             "tensors": self.source.fingerprint,
             "recipe": config_format.to_config(self.recipe, self.version),
             "lm_head": bool(self.plan.head),
             "settings": asdict(self.settings),
-            **({"training": asdict(self.tuning.training)} if self.tuning else {}),
+            **({"training": {**asdict(self.tuning.training), "text": further}} if self.tuning else {}),
             "calibration": self.calibration.digest if self.calibration else None,
         }
 

@@ -57,15 +57,13 @@ class Calibration:
 
     @property
     def digest(self) -> str:
-        """Equal for two runs exactly if they calibrate, and train, on the same tokens: what a resumed run compares."""
-        digest = hashlib.sha256(f"{tuple(self.windows.ids.shape)}".encode())
-        further = (self.further.ids, self.further.mask) if self.further else ()
-        for tensor in (self.windows.ids, self.windows.mask, *further):
-            digest.update(b"" if tensor is None else _bytes(tensor))
-        for window, more in enumerate(self.windows.more):
-            for name, tensor in sorted(more.items()):
-                digest.update(f"{window} {name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
-        return digest.hexdigest()
+        """Equal for two runs exactly if they calibrate on the same tokens: what a resumed run compares."""
+        return _digest(self.windows)
+
+    @property
+    def further_digest(self) -> str | None:
+        """The same of the further windows, if there are any."""
+        return _digest(self.further) if self.further else None
 
     def describe(self) -> str:
         """One line per source: what was asked, used and held out; a last line for what else should be known."""
@@ -92,6 +90,16 @@ class Calibration:
             "sha256": self.digest,
             "note": self.note,
         }
+
+
+def _digest(windows: Windows) -> str:
+    digest = hashlib.sha256(f"{tuple(windows.ids.shape)}".encode())
+    for tensor in (windows.ids, windows.mask):
+        digest.update(b"" if tensor is None else _bytes(tensor))
+    for window, more in enumerate(windows.more):
+        for name, tensor in sorted(more.items()):
+            digest.update(f"{window} {name} {tensor.dtype} {tuple(tensor.shape)}".encode() + _bytes(tensor))
+    return digest.hexdigest()
 
 
 class _Asked(NamedTuple):
