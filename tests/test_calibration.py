@@ -66,6 +66,24 @@ def test_a_text_file_is_tokenized_whole(tmp_path):
     assert got.held_out.ids.flatten().tolist() == ids[-32:]
 
 
+@pytest.mark.parametrize("kind", ["text", "chat", "token row"])
+def test_every_window_begins_as_a_text_does(kind):
+    """With the token that the tokenizer puts there; what is given as ids stays as it is."""
+    tokenizer = Bytes(bos=True)
+    tokenizer.bos_token_id = BOS
+    tokenizer.chat_template = "a program"
+    text = "It was a dark night. " * 40
+    ids = tokenizer(text)["input_ids"]
+    given = {"text": [text], "token row": [ids], "chat": [[{"role": "user", "content": text}]]}[kind]
+    got = take(given, tokenizer, samples=7, length=16, held_out=2, further=5)
+    all_ = torch.cat([got.windows.ids, got.held_out.ids, got.further.ids])
+    assert len(all_) == 14
+    begun = (all_[:, 0] == BOS).sum()
+    assert begun == {"text": 14, "token row": 1, "chat": 0}[kind], "this chat template writes none"
+    plain = take(given, Bytes(bos=True), samples=7, length=16, held_out=2, further=5)
+    assert torch.equal(all_[:, 1:], torch.cat([plain.windows.ids, plain.held_out.ids, plain.further.ids])[:, 1:])
+
+
 @pytest.mark.parametrize("count", [24, 31, 32, 33, 39, 40, 41, 47, 48, 200])
 def test_windows_never_overlap_each_other_or_what_is_held_out(count):
     got = take([numbers(count)])

@@ -269,7 +269,8 @@ def evaluate(
     """Perplexity of a model on `text`, and with `against` (its original) KL, top-1 agreement and both perplexities.
 
     Models are directories, hub ids, .gguf files or transformers models. The text is cut into consecutive windows of
-    `length` tokens (1024, or as many as the model can read), of which the first `windows` are used. Of models that do
+    `length` tokens (1024, or as many as the model can read), of which the first `windows` are used; where a text begins
+    with a token of its own, every window does, in the place of its first one. Of models that do
     not continue a text, what there is: KL and agreement, or the cosine of embeddings; they need `against`.
     """
     from .hf.load import load_with_tokenizer
@@ -284,7 +285,8 @@ def evaluate(
     length = length or min(1024, limit(model) or 1024)
     refuse_longer(length, model)
     ids = data.tokenize(tokenizer, text)
-    return evaluation.evaluate(model, evaluation.cut(ids, length, windows), against, progress) | {"length": length}
+    cut = data.begun(evaluation.cut(ids, length, windows), data.beginning(ids, tokenizer))
+    return evaluation.evaluate(model, cut, against, progress) | {"length": length}
 
 
 def _refuse_overlap(model: Any, out: Path) -> None:

@@ -7,7 +7,7 @@ chats are made of, and what becomes of the pictures in them.
 
 from .chats import Processor
 from .mixture import ENOUGH, Calibration, SourceUse, gather
-from .rows import tokenize
+from .rows import beginning, begun, tokenize
 from .sources import KNOWN, Source, parse
 from .windows import Windows
 
@@ -19,6 +19,8 @@ __all__ = [
     "Source",
     "SourceUse",
     "Windows",
+    "beginning",
+    "begun",
     "gather",
     "parse",
     "tokenize",

@@ -15,9 +15,9 @@ from torch import Tensor
 from ..errors import UsageError
 from . import builtin, pictures
 from .chats import Processor, holds_pictures, plain
-from .rows import Rows, check_ids, encode, sort_out
+from .rows import Rows, beginning, begun, check_ids, encode, sort_out
 from .sources import Given, Source, sources_of
-from .windows import Row, Windows, cut, join, pick
+from .windows import Divided, Row, Windows, cut, join, pick
 
 NOTHING_NAMED = (
     "no calibration data named: using English and code from the Python standard library; "
@@ -190,7 +190,11 @@ def _take(source: Source | Given, samples: int, held_out: int, further: int, ask
         tokens = [Row(tokens)]  # one window, as long as it is
     available = _available(tokens, asked, source.title)
     divide = cut if isinstance(tokens, Tensor) else pick
-    windows, kept_out, others = divide(tokens, asked.length, samples, held_out, further)
+    divided = divide(tokens, asked.length, samples, held_out, further)
+    if isinstance(tokens, Tensor) and found.kind != "token row":
+        first = beginning(tokens, asked.processor.tokenizer)
+        divided = Divided(*(Windows(begun(one.ids, first)) for one in divided))
+    windows, kept_out, others = divided
     if not isinstance(tokens, Tensor):
         dropped += len(tokens) - len(windows) - len(kept_out) - len(others)
         longer = sum(row.tokens > asked.length for row in tokens)
@@ -233,7 +237,8 @@ def _proof_from_builtin(held_out: int, asked: _Asked) -> tuple[Windows, str]:
     count = min(held_out, len(stream) // asked.length)
     if not count:
         return nothing, f"{too_little}, and windows too long for the built-in text: nothing is held out"
-    windows = Windows(stream[: count * asked.length].reshape(count, asked.length))
+    first = beginning(stream, asked.processor.tokenizer)
+    windows = Windows(begun(stream[: count * asked.length].reshape(count, asked.length), first))
     proof = f"{count} {_plural(count, 'window')} of built-in text, English and code"
     return windows, f"{too_little}: the result is proven on {proof} instead"
 

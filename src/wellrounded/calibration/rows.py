@@ -148,6 +148,23 @@ def _render(chats: list[Any], template: Any, name: str) -> list[str]:
     return texts
 
 
+def beginning(stream: Tensor, tokenizer: Any) -> int | None:
+    """The beginning-of-text token, if texts of this model begin with one, as `stream` does; else None."""
+    first = getattr(tokenizer, "bos_token_id", None)
+    return first if len(stream) and int(stream[0]) == first else None
+
+
+def begun(windows: Tensor, first: int | None) -> Tensor:
+    """Windows int64 [n, length] that begin with this token, if there is one, in the place of their own first one.
+
+    A model that is used to a beginning of text says nonsense without: Gemma 3's perplexity is four times as high.
+    """
+    if first is not None:
+        windows = windows.clone()
+        windows[:, 0] = first
+    return windows
+
+
 def tokenize(tokenizer: Any, text: str, **options: Any) -> Tensor:
     """Exactly the ids of `tokenizer(text)`, without its warning that a whole book is longer than the model's window."""
     if not callable(tokenizer):
