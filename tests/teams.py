@@ -14,7 +14,7 @@ import tiny
 import wellrounded as wr
 from wellrounded.request import Request
 
-LIMIT = 40  # seconds after which processes hang
+LIMIT = 120  # seconds after which processes hang: far more than they take, even on a busy machine
 
 
 class Ended(NamedTuple):
