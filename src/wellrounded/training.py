@@ -223,7 +223,7 @@ def _windows(stream: Stream) -> list[tuple[int, int]]:
 def _order(windows: list[tuple[int, int]], settings: Training) -> list[list[tuple[int, int]]]:
     """The windows of each step: all of them shuffled, as often as it takes."""
     generator = torch.Generator().manual_seed(settings.seed)
-    needed = settings.steps * settings.windows_per_step
+    needed = settings.windows
     epochs = -(-needed // len(windows))
     order = [windows[n] for _ in range(epochs) for n in torch.randperm(len(windows), generator=generator).tolist()]
     size = settings.windows_per_step
