@@ -20,9 +20,10 @@ $(VENV)/model: $(VENV)/installed
 demo: $(VENV)/model
 	$(BIN)/python benchmarks/demo.py demo-out
 
+# As many tests at a time as there are cores, each on one of them.
 test: check
 	$(BIN)/python benchmarks/smoke.py
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 check: $(VENV)/installed
 	$(BIN)/ruff check .
