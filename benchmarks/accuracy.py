@@ -68,7 +68,8 @@ def prepare(args: argparse.Namespace, original: Path) -> tuple[dict[str, Any], d
 
     tokenizer = AutoTokenizer.from_pretrained(original)
     ids = held_out.tokens(tokenizer, Path(args.calibration).read_text(encoding="utf-8"))
-    windows, between = held_out.calibration(ids, args.length, args.samples)
+    begin = held_out.beginning(tokenizer)
+    windows, between = held_out.calibration(ids, args.length, args.samples, begin)
     np.save(args.work / "windows.npy", windows)
     row = {"input_ids": np.concatenate([windows, between]).flatten().tolist()}  # cut into the very same windows again
     (args.work / "windows.jsonl").write_text(json.dumps(row))
@@ -76,7 +77,7 @@ def prepare(args: argparse.Namespace, original: Path) -> tuple[dict[str, Any], d
     cut = {}
     for name, text in texts_of(args).items():
         ids = held_out.tokens(tokenizer, text)
-        cut[name], passed = held_out.disjoint(ids, args.eval_length, args.windows, windows, name)
+        cut[name], passed = held_out.disjoint(ids, args.eval_length, args.windows, windows, name, begin)
         about[name] = {
             "sha256": held_out.digest(text), "tokens": len(ids), "windows": list(cut[name].shape),
             "passed_over": passed, "of": len(ids) // args.eval_length,

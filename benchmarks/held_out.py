@@ -65,8 +65,14 @@ def tokens(tokenizer: Any, text: str) -> np.ndarray:
     return np.array(tokenizer(text, verbose=False)["input_ids"], dtype=np.int64)
 
 
-def calibration(ids: np.ndarray, length: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [count, length] spread evenly over a stream, and some windows from between them.
+def beginning(tokenizer: Any) -> int | None:
+    """The token that it puts in front of every text; None if it does not."""
+    first = tokenizer("a")["input_ids"][0]
+    return first if first in tokenizer.all_special_ids else None
+
+
+def calibration(ids: np.ndarray, length: int, count: int, begin: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """int64 [count, length] spread evenly over a stream, and some windows from between them, each begun by `begin`.
 
     The latter are for wellrounded's own proof of its result; it holds out as many of that many.
     """
@@ -74,13 +80,23 @@ def calibration(ids: np.ndarray, length: int, count: int) -> tuple[np.ndarray, n
         sys.exit(f"calibration text: {len(ids):,} tokens, {count} windows of {length} need {2 * length * count:,}")
     starts = [i * (len(ids) - length) // max(count - 1, 1) for i in range(count)]
     between = [start + length for start in starts[: min(16, max(1, count // 9))]]
-    return tuple(np.stack([ids[s : s + length] for s in chosen]) for chosen in (starts, between))  # type: ignore
+    cut = (np.stack([ids[start : start + length] for start in chosen]) for chosen in (starts, between))
+    return tuple(begun(windows, begin) for windows in cut)  # type: ignore
 
 
-def disjoint(ids: np.ndarray, length: int, count: int, calibration: np.ndarray, name: str) -> tuple[np.ndarray, int]:
+def begun(windows: np.ndarray, begin: int | None) -> np.ndarray:
+    """The same windows with `begin` for the first token of each: what a model sees of a text when it is one."""
+    if begin is not None:
+        windows[:, 0] = begin
+    return windows
+
+
+def disjoint(
+    ids: np.ndarray, length: int, count: int, calibration: np.ndarray, name: str, begin: int | None = None
+) -> tuple[np.ndarray, int]:
     """int64 [count, length], spread evenly over a stream cut into windows, and how many of those were passed over.
 
-    Passed over are windows that share `GRAM` tokens in a row with a calibration window.
+    Each begins with `begin`. Passed over are windows that share `GRAM` tokens in a row with a calibration window.
     """
     whole = ids[: len(ids) // length * length].reshape(-1, length)
     known = {gram for window in calibration for gram in _grams(window)}
@@ -89,7 +105,7 @@ def disjoint(ids: np.ndarray, length: int, count: int, calibration: np.ndarray, 
         sys.exit(
             f"{name}: {len(new)} of {len(whole)} windows of {length} are new text, asked for {count}; ask for fewer"
         )
-    return np.stack([new[i * len(new) // count] for i in range(count)]), len(whole) - len(new)
+    return begun(np.stack([new[i * len(new) // count] for i in range(count)]), begin), len(whole) - len(new)
 
 
 def _grams(window: np.ndarray) -> Iterator[bytes]:

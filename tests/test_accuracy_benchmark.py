@@ -5,6 +5,7 @@ import math
 import shutil
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -174,21 +175,35 @@ def test_an_interval_is_as_wide_as_windows_differ():
 # ---- texts ----
 
 
+@pytest.mark.parametrize("begin", [None, 1])
 @pytest.mark.parametrize("count", [3, 9, 40, 128, 200])
-def test_wellrounded_calibrates_on_the_windows_that_everybody_gets(count):
-    windows, between = held_out.calibration(np.arange(3, 3 + count * 64 * 3), 64, count)
+def test_wellrounded_calibrates_on_the_windows_that_everybody_gets(count, begin):
+    windows, between = held_out.calibration(np.arange(3, 3 + count * 64 * 3), 64, count, begin)
     given = np.concatenate([windows, between]).flatten().tolist()
-    found = gather([given], None, samples=count, length=64, min_tokens=1)
+    found = gather([given], SimpleNamespace(bos_token_id=1), samples=count, length=64, min_tokens=1)
     assert np.array_equal(found.windows.ids.numpy(), windows) and len(found.held_out)
-    assert not {*windows.flatten()} & {*between.flatten()}
+    assert {*windows.flatten()} & {*between.flatten()} == {*([] if begin is None else [begin])}
+    assert begin is None or (windows[:, 0] == begin).all()
 
 
 def test_windows_that_share_text_with_the_calibration_are_passed_over():
     ids = np.arange(1000)
     known = np.stack([ids[100:164], ids[500:564]])
     windows, passed = held_out.disjoint(ids, 50, 12, known, "text")
+    begun, _ = held_out.disjoint(ids, 50, 12, known, "text", begin=0)
+    assert (begun[:, 0] == 0).all() and np.array_equal(begun[:, 1:], windows[:, 1:])
     assert windows.shape == (12, 50) and passed == 4  # of 150 to 200, 14 are known
     assert not {*windows.flatten()} & {*known.flatten()}
+
+
+def test_a_text_begins_with_what_its_tokenizer_puts_there():
+    def tokenizer(text):
+        return {"input_ids": [2, 9]}
+
+    tokenizer.all_special_ids = [2, 3]
+    assert held_out.beginning(tokenizer) == 2
+    tokenizer.all_special_ids = [3]
+    assert held_out.beginning(tokenizer) is None
 
 
 def test_code_is_none_of_what_wellrounded_calibrates_on_by_default():
