@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 import tiny
 import tiny_configs
@@ -18,7 +19,7 @@ from wellrounded import cli, presets, tensorfile, training, tuning
 from wellrounded import writer as writing
 from wellrounded.checkpoint import Writer
 from wellrounded.core.gptq import Settings
-from wellrounded.errors import UsageError
+from wellrounded.errors import OutOfMemory, UsageError
 from wellrounded.hf.source import open_source
 from wellrounded.learned import divergence
 from wellrounded.presets import BEST, DEFAULT, FAST, preset
@@ -204,6 +205,28 @@ def test_it_is_trained_on_further_text_and_then_on_what_the_original_writes(rows
     gathered = asked._calibration(open_source(source))
     others = [*gathered.windows.ids.tolist(), *gathered.held_out.ids.tolist()]
     assert not any(one in others for one in ids), "nothing is trained on that was calibrated on, or that proves"
+
+
+@pytest.mark.parametrize("rows", [64 + 8, 100])
+def test_what_cannot_write_is_trained_on_what_there_is_and_says_so(rows, source, quick, monkeypatch, tmp_path):
+    def generate(*args, **kwargs):
+        raise ValueError("it has no words")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    said = []
+    report = quantize(source, tmp_path / "out", "best", calibration=tiny.ids(rows), progress=said.append)
+    assert report.training["written"] == 0 and report.training["steps"] == 6
+    notes = " ".join(one.message for one in said)
+    assert "the original writes no text (ValueError: it has no words)" in notes
+
+
+def test_memory_that_ends_while_the_original_writes_ends_the_run(source, quick, monkeypatch, tmp_path):
+    def generate(*args, **kwargs):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "generate", generate)
+    with pytest.raises(OutOfMemory, match="can't allocate memory"):
+        quantize(source, tmp_path / "out", "best", calibration=tiny.ids(100))
 
 
 def test_best_as_it_is_is_not_worse_than_without_its_training(source, made, tmp_path):

@@ -97,8 +97,3 @@ class Moments:
         """`W (H + D) + G`, a sum like the others, for float32 [some, n], `rows` of the layer's weight."""
         found = (weight @ self.hessian.mirrored()).addmm_(weight, self.drift)
         return found if self.residual is None else found.add_(self.residual[rows])
-
-    def loss(self, weight: torch.Tensor, quantized: torch.Tensor, rows: slice = slice(None)) -> float:
-        """The mean error of `quantized`, up to what does not depend on it; both are float32 [some, n]."""
-        lost = (quantized @ self.hessian.mirrored()).mul_(quantized).sum()
-        return float(lost - 2 * (self.wanted(weight, rows) * quantized).sum()) / max(self.tokens, 1)
