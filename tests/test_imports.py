@@ -52,7 +52,7 @@ LEVELS = {
         3,
     ),
     **dict.fromkeys(["pipeline", "evaluation"], 4),
-    **dict.fromkeys(["request", "runlog", "budget", "contest"], 5),
+    **dict.fromkeys(["request", "runlog", "budget", "contest", "trial", "rotating"], 5),
     **dict.fromkeys(["hf"], 6),
     **dict.fromkeys(["api", "autogptq", "benchmark", "cli", "commands", "transformers", "__init__", "__main__"], 7),
 }

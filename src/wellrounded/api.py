@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from . import __version__, evaluation
+from . import __version__, evaluation, rotating
 from . import calibration as data
 from .budget import Budget
 from .checkpoint import Source, Writer
@@ -102,6 +102,8 @@ def quantize(
         asked = one_line(model, out, {field.name: getattr(request, field.name) for field in fields(request)})
         with RunLog(out, asked) as log:
             opened = partial(_opened, model, tokenizer, trust_remote_code)
+            if request.rotates and team.size == 1:
+                opened = rotating.prepare(request, opened, out, fresh, log.telling(progress))
             if budget is None:
                 return _lead(request, opened(), out, team, force, fresh, log, progress)
             if team.size > 1:

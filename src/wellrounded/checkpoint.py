@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path, PureWindowsPath
 from types import MappingProxyType
 from typing import Any
@@ -37,6 +37,7 @@ class Source:
     fingerprint  changes when the source's tensors do; of files, one for each by its name
     sizes        every tensor's size in bytes by the name it is stored under
     verify       raises CheckpointError if the source's files have changed since they were opened
+    rotation     what is to be said of the rotation of its residual stream (see rotating), None if nobody thought of it
     """
 
     label: str
@@ -52,6 +53,25 @@ class Source:
     tokenizer: Any = None
     sizes: Mapping[str, int] = field(default_factory=dict)
     verify: Callable[[], None] = lambda: None
+    rotation: dict[str, Any] | None = None
+
+    def changed(self, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], mark: str) -> Source:
+        """The same with other values in some tensors, by their names in the model; they are stored in their old dtype.
+
+        Of a stored tensor that several of the model's are made of, none may be copied as it is. The fingerprint gets a
+        mark by which this source is told apart.
+        """
+
+        def read(name: str) -> torch.Tensor | None:
+            value = self.read(name)
+            return changes[name](value) if value is not None and name in changes else value
+
+        def read_stored(stored: str) -> torch.Tensor:
+            value, made = self.read_stored(stored), self.made[stored]
+            return changes[made[0]](value).to(value.dtype) if len(made) == 1 and made[0] in changes else value
+
+        marked = {"": mark, **self.fingerprint} if isinstance(self.fingerprint, dict) else f"{self.fingerprint} {mark}"
+        return replace(self, read=read, read_stored=read_stored, fingerprint=marked)
 
 
 class Reader:

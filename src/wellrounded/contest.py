@@ -15,24 +15,21 @@ from typing import Any
 
 from . import measurement
 from .budget import Account, Budget, described, mixture, recipe_of, refuse_out_of_range, uniform
-from .checkpoint import Source, Writer
+from .checkpoint import Source
 from .core.recipe import Recipe
 from .core.scheme import Scheme
 from .errors import OutOfMemory, UsageError, WellRoundedError
 from .formats.config import to_config, version_for
-from .journal import difference
 from .measurement import Foreign, Measurement
 from .memory import exhausted
 from .model.stream import SpillFile
 from .pipeline import Run
-from .progress import Progress
 from .report import Report
 from .request import NONE, Request
 from .sensitivity import distance, measure, schemes_for
-from .tensorfile import remove
+from .trial import Tell, attempt, say
 from .writer import unfinished
 
-Tell = Callable[[Progress], None]
 ELSEWHERE = ("calibration", "device", "batch", "max_memory", "min_tokens")  # what the file is about, or changes no byte
 
 
@@ -161,12 +158,12 @@ def _measured(run: Run, path: Path, strict: bool, home: Path, tell: Tell) -> Mea
     if path.exists():
         try:
             found = Measurement.read(path, about)
-            tell(Progress(0, len(run.walk.names), 0.0, "", message=f"what layers need was measured before: {path}"))
+            say(tell, f"what layers need was measured before: {path}")
             return found
         except Foreign as error:
             if strict:
                 raise
-            tell(Progress(0, len(run.walk.names), 0.0, "", message=f"measuring again: {error}"))
+            say(tell, f"measuring again: {error}")
     with TemporaryDirectory(prefix=".measuring-", dir=_nearest(home)) as scratch:
         spill = SpillFile(Path(scratch)) if run.work.room.spills else None
         try:
@@ -185,25 +182,13 @@ def _measured(run: Run, path: Path, strict: bool, home: Path, tell: Tell) -> Mea
 
 
 def _try(contest: Contest, rival: Rival, opened: Callable[[], Source], out: Path, tell: Tell) -> None:
-    """Quantize, to know how good that is: beside `out`, where a run that is stopped goes on, and nothing stays."""
-    tell(Progress(0, 1, 0.0, "", message=f"trying {rival.what} everywhere, which the mixture has to beat"))
-    run = rival.request.run(opened())
-    place = out.with_name(f".{out.name}.uniform")
-    writer = Writer(place, run.request(), fresh=bool(difference(unfinished(place), run.request())))
-    try:
-        if said := run.settle(writer.run):
-            tell(Progress(0, 1, 0.0, "", message=said))
-        writer.note_run(run.noted())
-        report = run.quantize(writer, tell)
-        if report.fidelity is not None:
-            moved = contest.known.tried[rival.digest] = distance(report.fidelity)
-            contest.known.write(contest.path)
-            tell(Progress(1, 1, 0.0, "", message=f"{rival.what}: {moved:.4f} from the original"))
-    except BaseException:
-        writer.abandon()
-        raise
-    writer.close()
-    remove(writer.partial)
+    """Quantize, to know how good that is."""
+    say(tell, f"trying {rival.what} everywhere, which the mixture has to beat")
+    report = attempt(rival.request, opened(), out.with_name(f".{out.name}.uniform"), tell)
+    if report.fidelity is not None:
+        moved = contest.known.tried[rival.digest] = distance(report.fidelity)
+        contest.known.write(contest.path)
+        say(tell, f"{rival.what}: {moved:.4f} from the original")
 
 
 def _stored(recipe: Recipe) -> dict[str, Any]:

@@ -84,6 +84,7 @@ class Run:
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
         self.tuning = Tuning(self.walk, self.ledger, self.version, training) if training and calibration else None
         self.report = Report(source.label, "", str(recipe.scheme), kept=self.plan.kept, version=__version__)
+        self.report.rotation = source.rotation
         self.report.expert_modules = [n for n, m in source.model.named_modules() if isinstance(m, Experts)]
         self.report.generates = getattr(source.model, "can_generate", lambda: True)()
         self.report.notes, self.report.overlooked_weights = self.plan.notes(), self.plan.overlooked
@@ -171,13 +172,10 @@ class Run:
         clock.enter()
         for index, name, block in self.walk:
             mine, replayed = self._mine(name, block), name in writer.finished
-            streams, rotates = [*dense, *calibrating], self.settings.rotate and not self.owners
-            known = None if replayed and not rotates else self.work.known(index, mine, streams)
-            writers = self.work.writers(index, known, streams)
+            known = None if replayed else self.work.known(index, mine, [*dense, *calibrating])
+            writers = self.work.writers(index, known, [*dense, *calibrating])
             self.walk.advance(index, *dense, *teacher)
-            if rotates and known:
-                self.walk.rotate(index, calibrating[0], known)
-            twin = self.work.twin(index, None if replayed else known, writers, calibrating)
+            twin = self.work.twin(index, known, writers, calibrating)
             self._inherit(name, block)
             if replayed:
                 self._replay(name, writer)
@@ -240,9 +238,6 @@ class Run:
             results.append(asdict(result))
             self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
         tensors |= self.ledger.dense(name)
-        for full in self.walk.changes.keys() & self.ledger.stored.keys():
-            if (stored := self.ledger.stored[full]) in tensors:
-                tensors[stored] = self.walk.read(full).to(tensors[stored].dtype)
         self.source.verify()
         writer.add(name, tensors, results)
         del tensors
@@ -366,6 +361,7 @@ class Run:
             "recipe": config_format.to_config(self.recipe, self.version),
             "lm_head": bool(self.plan.head),
             "settings": asdict(self.settings),
+            **({"rotation": self.source.rotation} if self.source.rotation else {}),
             **({"training": {**asdict(self.tuning.training), "text": further}} if self.tuning else {}),
             "calibration": self.calibration.digest if self.calibration else None,
         }

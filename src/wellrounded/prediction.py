@@ -22,7 +22,7 @@ from .model import blocks as layers_of
 from .model.inputs import STACK_BYTES
 from .model.stream import LARGE
 from .plan import Plan
-from .presets import FAST, Preset
+from .presets import FAST, TRIED_ON, Preset
 from .progress import duration
 from .rates import Rates
 from .room import BATCH_TOKENS, Room, Workload, rooms
@@ -84,8 +84,11 @@ class Forecaster:
         self, source: Source, plan: Plan, names: list[str], work: Workload, device: str = "cpu", base: int = 0,
         preset: Preset = FAST,
     ) -> None:  # fmt: skip
-        self.source, self.plan, self.work, self.device, self.base = source, plan, work, device, base
-        self.settings, self.training = preset.settings, preset.training if work.windows else None
+        self.source, self.plan, self.names, self.work = source, plan, names, work
+        self.device, self.base = device, base
+        self.preset, self.settings = preset, preset.settings
+        self.training = preset.training if work.windows else None
+        self.rotates = preset.rotates and work.windows > 0 and not _tied(source.model)
         # Whether what layers read is compared with the original, and whether that is on its way beside: see pipeline.
         self.compared = self.settings.paired and self.settings.true_sequential
         self.streams = 2 if self.settings.paired or self.training else 1
@@ -124,6 +127,8 @@ class Forecaster:
         found |= {"running a block": int(forward), "solving": int(solving)}
         if self.work.held_out:
             found["comparing"] = base + kept + self.outside + self._logits(2)
+        if self.rotates:
+            found["rotating"] = base + self.outside + largest + 3 * self.single
         if self.training:
             found["training"] = int(base + kept + self.outside + self._training(batch))
             if self._missing():
@@ -279,7 +284,15 @@ class Forecaster:
             total += sum(self._set_seconds(one, rates) for one in block.sets)
         if self.training:
             total += self._training_seconds(rates, self.training)
+        if self.rotates:
+            total += 2 * self._trial()._seconds(room, rates) + 3 * self.source.bytes / rates.reading
         return total + 2 * rates.answering(work.held_out * work.length, self.hidden, self.vocabulary)
+
+    def _trial(self) -> Forecaster:
+        """Of a run that shows whether the model is better rotated."""
+        work = replace(self.work, windows=min(TRIED_ON, self.work.windows), further=0)
+        preset = replace(self.preset, rotates=False, training=None)
+        return Forecaster(self.source, self.plan, self.names, work, self.device, self.base, preset)
 
     def _set_seconds(self, one: Siblings, rates: Rates) -> float:
         """To count what layers read, and to solve them."""
@@ -313,6 +326,14 @@ def _width(model: nn.Module) -> int:
     with suppress(NotImplementedError, AttributeError):
         return int(model.get_input_embeddings().weight.shape[-1])  # type: ignore[operator,union-attr]
     return 0
+
+
+def _tied(model: nn.Module) -> bool:
+    """Whether the head is the embeddings, or there is none: such models are not rotated."""
+    with suppress(NotImplementedError, AttributeError):
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
+        return head is None or head.weight is embeddings.weight
+    return True
 
 
 def _square(one: Siblings, room: Room) -> int:

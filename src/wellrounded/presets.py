@@ -8,13 +8,20 @@ from .core.gptq import Settings
 from .errors import UsageError
 from .training import Training
 
+TRIED_ON = 32  # calibration windows, to see whether a model is better rotated
+
 
 @dataclass(frozen=True)
 class Preset:
-    """What is done for accuracy, in a sentence and in settings."""
+    """What is done for accuracy, in a sentence and in settings.
+
+    rotates   whether the residual stream is rotated, where that is exact and turns out to be better
+    training  of scales and norms once all is quantized, None for none
+    """
 
     does: str
     settings: Settings
+    rotates: bool = False
     training: Training | None = None
 
 
@@ -24,9 +31,10 @@ DEFAULT = Preset(
     replace(FAST.settings, upstream=True, residual=True, token_weights=True),
 )
 BEST = Preset(
-    "also rotates values inside attention heads, and then trains scales and norms against the original's answers",
-    replace(DEFAULT.settings, rotate=True),
-    Training(),
+    "also rotates the residual stream where that helps, and trains scales and norms against the original's answers",
+    DEFAULT.settings,
+    rotates=True,
+    training=Training(),
 )
 PRESETS = {"fast": FAST, "default": DEFAULT, "best": BEST}
 

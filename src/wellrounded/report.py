@@ -69,6 +69,7 @@ class Report:
     expert_modules: list[str] = field(default_factory=list)
     tensors: dict[str, int] = field(default_factory=dict)  # of the source: what became of them
     training: dict[str, Any] | None = None  # of scales and norms: steps, and what was seen on the way
+    rotation: dict[str, Any] | None = None  # of the residual stream: whether, and why, see rotating.prepare
     budget: dict[str, Any] | None = None  # of bits: what was asked, tried and written, see contest.Contest
 
     def coverage(self) -> dict[str, float]:
@@ -172,6 +173,7 @@ class Report:
             "problems": self.problems(),
             "version": self.version,
             "generates": self.generates,
+            "rotation": self.rotation,
             "training": self.training,
             "budget": self.budget,
             "layers": [{**asdict(layer), "bits_per_weight": self._bits.get(layer.name)} for layer in self.layers],
@@ -238,6 +240,7 @@ class Report:
                 )
             )
         rows += fidelity_rows(self.fidelity or {})
+        rows += rotation_rows(self.rotation or {})
         rows += training_rows(self.training or {})
         rows += budget_rows(self.budget or {})
         rows.append(
@@ -272,6 +275,22 @@ def fidelity_rows(f: Mapping[str, float], digits: int = 2) -> list[tuple[str, st
         pooled = f"{f['cosine_mean']:.4f} mean, {f['cosine_worst']:.4f} worst of the windows"
         rows.append(("cosine", f"{pooled}, {f['cosine_tokens']:.4f} token by token"))
     return rows
+
+
+def rotation_rows(rotation: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Whether the residual stream was rotated, and why, as a (label, value) row."""
+    if not rotation:
+        return []
+    if "tried" not in rotation:
+        return [("rotation", f"none: {rotation['why']}")]
+    tried = rotation["tried"]
+    better = "rotated" if rotation["used"] else "none"
+    return [
+        (
+            "rotation",
+            f"{better}; tried on fewer windows: KL {tried['rotated']:.4f} with it, {tried['plain']:.4f} without",
+        )
+    ]
 
 
 def training_rows(training: Mapping[str, Any]) -> list[tuple[str, str]]:

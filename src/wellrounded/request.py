@@ -75,6 +75,11 @@ class Request:
             for pattern in getattr(self, name):
                 Rule(pattern, None)
 
+    @property
+    def rotates(self) -> bool:
+        """Whether it is to be tried if the model is better rotated."""
+        return preset(self.preset).rotates and self.calibration != NONE
+
     def run(self, source: Source, team: Team = ALONE) -> Run:
         """The run that carries it out. Raises UsageError if `source` and the request do not fit together."""
         calibration = None if self.calibration == NONE else self._calibration(source)

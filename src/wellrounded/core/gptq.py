@@ -46,7 +46,6 @@ class Settings:
                   that needs the original beside the quantized model takes a second stream of activations
     residual      whether a layer that writes to the residual stream makes up for the errors in that (see core.choice)
     token_weights whether in such a layer tokens count 1 / mean(r^2) of the residual r
-    rotate        whether a rotation is folded into values and output of attention heads, where that is exact
     true_sequential  layers of a block see the error of those rounded before them, and a block runs once; without it
                   it runs twice, but keeps nothing in between (the pipeline's business)
     """
@@ -59,7 +58,6 @@ class Settings:
     upstream: bool = False
     residual: bool = False
     token_weights: bool = False
-    rotate: bool = False
     true_sequential: bool = True
 
     def __post_init__(self) -> None:

@@ -25,15 +25,11 @@ from .blocks import towers as find_towers
 from .calls import Call, Carried, carried_in, hidden_of, hidden_of_output, same, with_own_boxes
 from .inputs import HERE, Bank, Siblings
 from .originals import Originals, Twin
-from .rotation import Change, candidates
 from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
-from .weights import Read, materialize, put, release
+from .weights import Read, materialize, release
 
 ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
-
-
-EXACT = 0.03  # how far a folded block may be from the original: weights rounded to bfloat16 otherwise
 
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
@@ -49,8 +45,7 @@ class BlockWalk:
     """
 
     def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu", towers: bool = True) -> None:
-        self.model, self._read, self.device = model, read, torch.device(device)
-        self.changes: dict[str, Change] = {}  # what becomes of tensors of the source before anybody sees them
+        self.model, self.read, self.device = model, read, torch.device(device)
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
         self._leave = tuple(f"{name}." for name in [*self.names, *(() if towers else find_towers(model))])
@@ -60,19 +55,21 @@ class BlockWalk:
         self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
         self.idle: set[str] = set()  # parts with blocks of their own that it does not call on text
 
-    def read(self, name: str) -> torch.Tensor | None:
-        """A tensor of the source by its name in the model, with what was folded into it; None if it has none."""
-        value = self._read(name)
-        return self.changes[name](value) if value is not None and name in self.changes else value
-
     def __iter__(self) -> Iterator[tuple[int, str, nn.Module]]:
         """(index, name, block), the block with its weights; they are dropped when the loop moves on."""
-        for index, (name, block) in enumerate(zip(self.names, self.blocks)):
-            materialize(block, self.read, f"{name}.", self.device)
-            try:
+        for index, name in enumerate(self.names):
+            with self.at(index) as block:
                 yield index, name, block
-            finally:
-                release(block)
+
+    @contextmanager
+    def at(self, index: int) -> Iterator[nn.Module]:
+        """A block; while it lasts, it has its weights."""
+        block = self.blocks[index]
+        materialize(block, self.read, f"{self.names[index]}.", self.device)
+        try:
+            yield block
+        finally:
+            release(block)
 
     @contextmanager
     def outside(self) -> Iterator[None]:
@@ -184,41 +181,6 @@ class BlockWalk:
             if (moved - share * push.float()).square().mean() < 0.01 * moved.square().mean():
                 found[name] = float(share)
         return found
-
-    @torch.no_grad()
-    def rotate(self, index: int, stream: Stream, known: list[list[str]]) -> list[str]:
-        """Fold a rotation into the values and the output of a block's attention; the layers that it is in, if any.
-
-        Taken is the first that does not change what the output projection writes, found on one batch. The block at hand
-        is changed, and so is whatever `read` gives of these layers from now on.
-        """
-        batch, block, name = next(iter(stream.rest(index)), None), self.blocks[index], self.names[index]
-        for rotation in [] if batch is None else candidates(block, known, seed=index):
-            changes = rotation.changes(block)
-            kept = {part: block.get_parameter(part) for part in changes}
-            before = self._written(index, stream, batch, rotation.output)
-            for part, change in changes.items():
-                value = self._read(f"{name}.{part}")
-                new = change(kept[part] if value is None else value)
-                put(block, part, new)
-            moved = self._written(index, stream, batch, rotation.output) - before
-            if moved.square().mean() < (EXACT * before).square().mean():
-                self.changes |= {f"{name}.{part}": change for part, change in changes.items()}
-                return [rotation.values, rotation.output]
-            for part, parameter in kept.items():
-                put(block, part, parameter)
-        return []
-
-    def _written(self, index: int, stream: Stream, batch: int, name: str) -> torch.Tensor:
-        """float32: what a layer of a block writes when a batch comes by."""
-        found: list[torch.Tensor] = []
-        layer = self.blocks[index].get_submodule(name)
-        handle = layer.register_forward_hook(lambda layer, args, output: found.append(output.float()))
-        try:
-            self._run(index, stream, batch)
-        finally:
-            handle.remove()
-        return found[0]
 
     def staged(
         self, index: int, stream: Stream, names: list[str], known: list[list[str]], twin: Twin | None = None
