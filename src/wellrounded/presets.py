@@ -32,7 +32,7 @@ DEFAULT = Preset(
 )
 BEST = Preset(
     "also rotates the residual stream where that helps, and trains scales and norms against the original's answers",
-    DEFAULT.settings,
+    replace(DEFAULT.settings, outer=2),
     rotates=True,
     training=Training(),
 )

@@ -404,6 +404,29 @@ def test_refits_inside_a_solution_keep_the_codes_and_lower_the_loss(scheme):
     assert losses[1].sum() < losses[0].sum()
 
 
+@pytest.mark.parametrize("scheme", SCHEMES, ids=str)
+def test_rounding_again_on_refitted_scales_loses_less_or_changes_nothing(scheme):
+    weight, hessian = weights(), hessian_of(inputs())
+    solved = [gptq.solve(weight, hessian, scheme, replace(PLAIN, refit_sweeps=1, outer=n)) for n in (0, 1, 3)]
+    damped = twin.damped(hessian.matrix(), solved[0][1].damping)
+    lost = [twin.exact_loss(weight, each.dequantize(), damped) for each, _ in solved]
+    for before, after in pairwise(lost):
+        assert (after <= before * (1 + 1e-4)).all()  # they are compared in float32
+    again = [torch.equal(solved[0][0].codes, each.codes) for each, _ in solved[1:]]
+    assert not any(again) and lost[1].sum() < lost[0].sum()
+
+
+def test_the_loss_of_an_output_is_what_is_left_of_it_in_the_hessian(monkeypatch):
+    problem = Problem(Scheme(3, 16))
+    steps = problem.sweep(panel=COLUMNS) - problem.zeros[:, problem.groups]
+    stacks = (problem.weight.double().T, steps.T, problem.scales.T, problem.groups)
+    expected = twin.exact_loss(problem.weight, twin.restore(steps, problem.scales, problem.groups), problem.damped)
+    for columns in (rounding.AT_ONCE, 7):
+        monkeypatch.setattr(rounding, "AT_ONCE", columns)
+        (lost,) = rounding.losses(*(each[None] for each in stacks), rows_of(problem.damped[None]))
+        torch.testing.assert_close(lost, expected)
+
+
 def test_a_scale_whose_codes_are_all_zero_is_left_alone():
     scales = torch.tensor([[0.5], [0.25]]).half()
     steps = torch.zeros(4, 1)

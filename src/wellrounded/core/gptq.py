@@ -24,7 +24,7 @@ from ..errors import UsageError
 from . import grid
 from .factor import TILE, Factor, FactorError, Factors, factor_hessians, ridge
 from .hessian import Hessian
-from .rounding import members_of, refit, sweep
+from .rounding import losses, members_of, refit, sweep
 from .scheme import Scheme
 from .weight import QuantizedWeight
 
@@ -42,6 +42,8 @@ class Settings:
     order         which column is rounded when: "importance", "group" (by group, then importance) or "stored"
     candidates    scales tried per group
     refit_sweeps  closed-form scale refits after rounding, each accepted only where it lowers the loss
+    outer         how often all is rounded again on the refitted scales, which are refitted then: the outer iterations
+                  of Guo et al., "decoupleQ" (2024); each output keeps what loses least
     upstream      whether a layer makes up for the errors in what it reads, as far as held-out tokens bear that out; all
                   that needs the original beside the quantized model takes a second stream of activations
     residual      whether a layer that writes to the residual stream makes up for the errors in that (see core.choice)
@@ -55,14 +57,15 @@ class Settings:
     order: str = "importance"
     candidates: int = 32
     refit_sweeps: int = 1
+    outer: int = 0
     upstream: bool = False
     residual: bool = False
     token_weights: bool = False
     true_sequential: bool = True
 
     def __post_init__(self) -> None:
-        if not self.damping >= 0 or self.panel < 1 or self.candidates < 1 or self.refit_sweeps < 0:
-            raise UsageError(f"{self}: damping and refit_sweeps start at 0, panel and candidates at 1")
+        if not self.damping >= 0 or min(self.panel, self.candidates) < 1 or min(self.refit_sweeps, self.outer) < 0:
+            raise UsageError(f"{self}: damping, refit_sweeps and outer start at 0, panel and candidates at 1")
         if self.order not in ORDERS:
             raise UsageError(f"order={self.order!r} was asked for; use one of {', '.join(ORDERS)}")
 
@@ -141,7 +144,8 @@ class Prepared:
         codes = torch.empty(members, rows, inputs, dtype=torch.uint8, device=device)
         scales = torch.empty(members, rows, groups, dtype=torch.float16, device=device)
         zeros = torch.empty(members, rows, groups, dtype=torch.uint8, device=device)
-        for some in chunks(rows, inputs, ROW_ELEMENTS // members):
+        at_once = ROW_ELEMENTS // (members * (2 if self.settings.outer else 1))  # there is more of each row, then
+        for some in chunks(rows, inputs, at_once):
             codes[:, some], scales[:, some], zeros[:, some] = self._solve(take, some)
         return [QuantizedWeight(*each, self.scheme) for each in zip(codes, scales, zeros, self.index)]
 
@@ -151,18 +155,21 @@ class Prepared:
         """Codes [members, some, in], scales and zeros [members, some, groups] of one chunk of rows."""
         weights, member, groups = take(some).detach().float(), members_of(self.order), self.index.long()
         scales, zeros = (each.mT for each in self._grids(weights))
-        columns = weights.mT[member, self.order].contiguous()
+        columns, stored = weights.mT.contiguous(), torch.argsort(self.order)
         del weights
-        steps = sweep(
-            columns, self.factors.upper, scales, zeros, groups.gather(1, self.order), self.scheme, self.settings.panel
-        )
-        stored = torch.argsort(self.order)
-        steps = steps[member, stored]
-        if self.settings.refit_sweeps:
+        best: tuple[torch.Tensor, ...] | None = None  # codes minus zeros, scales, losses
+        for _ in range(1 + self.settings.outer):
+            columns = columns[member, self.order]
+            order_groups = groups.gather(1, self.order)
+            steps = sweep(columns, self.factors.upper, scales, zeros, order_groups, self.scheme, self.settings.panel)
+            steps = steps[member, stored]
             columns = columns[member, stored]
-        for _ in range(self.settings.refit_sweeps):
-            scales = refit(columns, steps, scales, groups, self._damped_rows)
-        del columns
+            for _ in range(self.settings.refit_sweeps):
+                scales = refit(columns, steps, scales, groups, self._damped_rows)
+            if self.settings.outer:
+                best = _better(best, (steps, scales, losses(columns, steps, scales, groups, self._damped_rows)))
+                steps, scales, _ = best
+        del columns, best
         codes = steps.add_(zeros.to(steps.dtype)[member, groups]).to(torch.uint8)
         return codes.mT, scales.mT, zeros.mT
 
@@ -185,6 +192,14 @@ class Prepared:
         """[members, in]: what was added to each diagonal; 0 where there is no factor."""
         damping = [0.0 if isinstance(d, FactorError) else d for d in self.factors.damping]
         return ridge(self.importance) * self.importance.new_tensor(damping).unsqueeze(1)
+
+
+def _better(old: tuple[torch.Tensor, ...] | None, new: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """Output by output, what loses less: of two pairs of steps and scales, [members, ..., out], and their losses."""
+    if old is None:
+        return new
+    better = new[-1] < old[-1]
+    return *(torch.where(better.unsqueeze(1), *pair) for pair in zip(new[:-1], old[:-1])), new[-1].minimum(old[-1])
 
 
 def chunks(rows: int, inputs: int, elements: int) -> Iterator[slice]:

@@ -14,6 +14,7 @@ from .. import native
 from .scheme import Scheme
 
 STRIP = 2**22  # values that `refit` takes at a time of the Hessian, or of a group that is as wide as the layer: 16 MB
+AT_ONCE = 128  # rows of the Hessian that `losses` takes at a time
 
 
 def sweep(
@@ -115,6 +116,24 @@ def refit(
             error[member, some] += part * (old - new).unsqueeze(1)
         scales[:, g] = new.half()
     return scales
+
+
+def losses(
+    weights: torch.Tensor,
+    steps: torch.Tensor,
+    scales: torch.Tensor,
+    groups: torch.Tensor,
+    rows: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """float32 [members, out]: `e^T H e` of each output, e = w - q; the arguments are those of `refit`."""
+    member = members_of(weights)
+    error = torch.addcmul(weights, steps, scales.to(weights.dtype)[member, groups], value=-1)
+    lost = torch.zeros_like(error[:, 0])
+    every = torch.arange(weights.shape[1], device=weights.device).expand(len(weights), -1)
+    for some in every.split(AT_ONCE, 1):
+        part = error[member, some]
+        lost += add_products(torch.zeros_like(part), rows(some), error).mul_(part).sum(1)
+    return lost
 
 
 def members_of(stack: torch.Tensor) -> torch.Tensor:
