@@ -91,10 +91,9 @@ def test_every_preset_has_all_that_the_one_before_has():
     on = {"upstream": True, "residual": True, "token_weights": True}
     assert all(vars(DEFAULT.settings)[name] is True and vars(FAST.settings)[name] is False for name in on)
     assert DEFAULT.settings.paired and not FAST.settings.paired and DEFAULT.training is None
-    assert all(
-        vars(BEST.settings)[name] == value for name, value in vars(DEFAULT.settings).items() if value is not False
-    )
-    assert isinstance(BEST.training, Training)
+    assert BEST.settings == replace(DEFAULT.settings, outer=BEST.settings.outer, biases=True)
+    assert BEST.settings.outer > DEFAULT.settings.outer and not DEFAULT.settings.biases
+    assert isinstance(BEST.training, Training) and BEST.rotates and not DEFAULT.rotates
     assert [preset(name) for name in ("fast", "default", "best")] == [FAST, DEFAULT, BEST]
     assert Request().settings == DEFAULT.settings and Request(preset="fast").settings == Settings()
     assert Request(preset="best", settings=Settings(damping=0.5)).settings == Settings(damping=0.5)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import nn
 
-from .core.gptq import Settings
+from .core.gptq import ROW_ELEMENTS, Settings, chunks
 from .core.hessian import Hessian
+from .core.means import Means
 from .core.recipe import role_of
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
@@ -25,6 +26,7 @@ from .model.walk import BlockWalk
 from .plan import UNUSED, Plan
 from .prediction import Room
 from .progress import Clock
+from .report import LayerResult
 from .solving import Solved, same_scheme, solve
 from .team import Team, merged, shared
 
@@ -36,6 +38,7 @@ class Blockwise:
     calibrated  whether there are calibration tokens: without, nothing is known of what layers read
     room        what is kept in memory: less after an allocation has failed
     uneven      whether in the team's processes different layers of the block are reached
+    storable    parameters that have a place of their own in the files, so that they may change
     """
 
     walk: BlockWalk
@@ -45,6 +48,7 @@ class Blockwise:
     room: Room = field(default_factory=Room)
     team: Team = field(default_factory=Team)
     uneven: bool = False
+    storable: Container[str] = ()
 
     def __post_init__(self) -> None:
         self.walk.hessians = self.team
@@ -76,6 +80,7 @@ class Blockwise:
         When memory does not suffice, what is solved stays solved, and the rest goes on in less.
         """
         block = self.walk.names[index]
+        self.team.biased = [name for name in names if self._absorbs(f"{block}.{name}")]
         done: set[str] = set()
         alike: dict[tuple[str, int], Hessian] = {}
         while True:
@@ -84,6 +89,8 @@ class Blockwise:
                 known = self._complete(index, left, known, calibrating)
                 for members in self._observed(index, left, known, calibrating, alike, twin):
                     for quantized, result in self.solve([member.within(block) for member in members]):
+                        if members[0].means is not None and self._absorbs(result.name):
+                            self._absorb(members[0].means, quantized, result)
                         self.place(result.name, quantized)
                         done.add(result.name)
                         yield quantized, result
@@ -213,10 +220,13 @@ class Blockwise:
         """
         for names, stack in same_scheme(members, self.plan.schemes.__getitem__):
             scheme = self.plan.schemes[names[0][0]]
+            centred = all(self._absorbs(name) for one in names for name in one)
 
-            def work(names: list[list[str]], stack: list[Member], scheme: Scheme = scheme) -> Iterator[Solved]:
+            def work(
+                names: list[list[str]], stack: list[Member], scheme: Scheme = scheme, centred: bool = centred
+            ) -> Iterator[Solved]:
                 weights = [[self._dense_weight(name) for name in one] for one in names]
-                return solve(names, weights, stack, scheme, self.settings, self.calibrated)
+                return solve(names, weights, stack, scheme, self.settings, self.calibrated, centred)
 
             yield from shared(self.team, names, stack, scheme, self._weight_of, work)
 
@@ -231,6 +241,22 @@ class Blockwise:
         if weight is None:
             weight = layer.weight
         return layers_of.oriented(layer, weight.to(layer.weight.device))
+
+    def _absorbs(self, name: str) -> bool:
+        """Whether the layer has a bias for the mean of its error."""
+        bias = getattr(self.walk.model.get_submodule(name), "bias", None)
+        return self.settings.biases and bias is not None and f"{name}.bias" in self.storable
+
+    def _absorb(self, means: Means, quantized: QuantizedWeight, result: LayerResult) -> None:
+        """Put the mean of a layer's error into its bias; some rows at a time."""
+        weight, name = self._dense_weight(result.name), f"{result.name}.bias"
+        old = self.walk.read(name)
+        assert old is not None
+        new = old.float().to(weight.device)
+        some = list(chunks(*weight.shape, elements=ROW_ELEMENTS))
+        for rows, piece in zip(some, quantized.split([rows.stop - rows.start for rows in some])):
+            new[rows] += means.absorbed(weight[rows], piece.dequantize(), result.upstream, result.residual, rows)
+        self.walk.settle(name, new.to(old.dtype))
 
     def place(self, name: str, quantized: QuantizedWeight) -> None:
         """What follows sees the quantized weight, rounded to the dtype that the model computes in."""

@@ -80,6 +80,7 @@ class Run:
         self.work = Blockwise(self.walk, self.plan, settings, calibration is not None)
         self.ledger = Ledger(source, self.plan, self.walk.names)
         self.owners = self.ledger.owners
+        self.work.storable = {} if self.owners else self.ledger.stored  # what is shared has one bias, but several means
         self.shared: dict[str, QuantizedWeight] = {}  # by name of its owner
         self.version = config_format.version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules))
         self.tuning = Tuning(self.walk, self.ledger, self.version, training) if training and calibration else None
@@ -238,6 +239,7 @@ class Run:
             results.append(asdict(result))
             self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
         tensors |= self.ledger.dense(name)
+        tensors |= {self.ledger.stored[full]: value for full, value in self.walk.settled(name).items()}
         self.source.verify()
         writer.add(name, tensors, results)
         del tensors
@@ -331,6 +333,10 @@ class Run:
     def _read(self, name: str, writer: Store) -> Iterator[Solved]:
         """What a finished part has of quantized layers."""
         stored = self.work.team.tensors(lambda: writer.read_part(name))
+        for full, place in self.ledger.stored.items() if self.settings.biases else ():
+            layer, _, leaf = full.rpartition(".")
+            if leaf == "bias" and layer in self.plan.schemes and place in stored:
+                self.walk.settle(full, stored[place])
         for note in writer.finished[name] or []:
             result = LayerResult(**note)
             outputs, inputs = layers_of.shape_of(self.source.model.get_submodule(result.name))

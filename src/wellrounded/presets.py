@@ -31,8 +31,9 @@ DEFAULT = Preset(
     replace(FAST.settings, upstream=True, residual=True, token_weights=True),
 )
 BEST = Preset(
-    "also rotates the residual stream where that helps, and trains scales and norms against the original's answers",
-    replace(DEFAULT.settings, outer=2),
+    "also rotates the residual stream where that helps, rounds again on refitted scales, lets biases absorb mean errors, "
+    "and trains scales and norms against the original's answers",
+    replace(DEFAULT.settings, outer=2, biases=True),
     rotates=True,
     training=Training(),
 )

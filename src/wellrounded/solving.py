@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from math import log10
 
@@ -44,23 +45,33 @@ def solve(
     scheme: Scheme,
     settings: gptq.Settings,
     calibrated: bool,
+    centred: bool = False,
 ) -> Iterator[Solved]:
     """Quantize the layers of each member as one, and all members side by side.
 
     names and weights ([out, in], any float dtype) are those of each member's layers; without `calibrated` nothing is
-    known of their inputs, and nobody expects it. Raises NumericsError, naming the layers, for NaN or Inf.
+    known of their inputs, and nobody expects it. What is `centred` has biases for the mean of its error (core.means).
+    Raises NumericsError, naming the layers, for NaN or Inf.
     """
     rows = [len(weight) for weight in weights[0]]
     try:
-        solutions, chosen, aims = _solutions(weights, members, scheme, settings, calibrated)
-        for member, mine, layers, (solved, damping, fallback) in zip(members, weights, names, solutions):
-            if member.filled and fallback is None:
-                fallback = f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
-            for name, weight, piece, aim in zip(layers, mine, solved.split(rows), aims):
-                errors = errors_db(weight, piece, member.hessian, aim) if member.hessian is not None else (None, None)
-                about = (name, str(scheme), weight.numel(), member.tokens, *errors)
-                made_up_for = (0.0, 0.0) if damping is None else (chosen.upstream, chosen.residual)
-                yield piece, LayerResult(*about, damping, fallback, *made_up_for)
+        chosen = _chosen(
+            weights, members[0], scheme, settings
+        )  # by moments as they are: held-out ones have other means
+        with _centred(members[0]) if centred else nullcontext():
+            solutions, aims = _solutions(weights, members, scheme, settings, calibrated, chosen)
+            for member, mine, layers, (solved, damping, fallback) in zip(members, weights, names, solutions):
+                if member.filled and fallback is None:
+                    fallback = (
+                        f"read {member.tokens} of the {solved.shape[1]} tokens it needs, the rest from all experts"
+                    )
+                for name, weight, piece, aim in zip(layers, mine, solved.split(rows), aims):
+                    errors = (
+                        errors_db(weight, piece, member.hessian, aim) if member.hessian is not None else (None, None)
+                    )
+                    about = (name, str(scheme), weight.numel(), member.tokens, *errors)
+                    made_up_for = (0.0, 0.0) if damping is None else (chosen.upstream, chosen.residual)
+                    yield piece, LayerResult(*about, damping, fallback, *made_up_for)
     except NumericsError as error:
         raise NumericsError(f"{', '.join(name for layers in names for name in layers)}: {error}") from None
 
@@ -99,24 +110,40 @@ def _energy(rows: torch.Tensor, hessian: Hessian) -> float:
     return float((rows @ hessian.mirrored()).mul_(rows).sum()) / max(hessian.tokens, 1)
 
 
+def _chosen(
+    weights: list[list[torch.Tensor]], member: Member, scheme: Scheme, settings: gptq.Settings
+) -> choice.Choice:
+    """What the layers make up for."""
+    if member.moments is None or member.held_out is None:
+        return choice.Choice()
+    every = slice(None, None, -(-sum(len(weight) for weight in weights[0]) // choice.ROWS))
+    some = torch.cat([weight[every].detach().float() for weight in weights[0]])
+    return choice.choose(some, member.moments, member.held_out, every, scheme, settings)
+
+
+def _centred(member: Member) -> AbstractContextManager[None]:
+    """While it lasts, second moments are around the means."""
+    if member.hessian is None or member.means is None:
+        return nullcontext()
+    others = (member.moments.drift, member.moments.residual) if member.moments is not None else ()
+    return member.means.centred(member.hessian.mirrored(), *others)
+
+
 def _solutions(
-    weights: list[list[torch.Tensor]], members: list[Member], scheme: Scheme, settings: gptq.Settings, calibrated: bool
-) -> tuple[list[tuple[QuantizedWeight, float | None, str | None]], choice.Choice, list[torch.Tensor | None]]:
+    weights: list[list[torch.Tensor]], members: list[Member], scheme: Scheme, settings: gptq.Settings,
+    calibrated: bool, chosen: choice.Choice,
+) -> tuple[list[tuple[QuantizedWeight, float | None, str | None]], list[torch.Tensor | None]]:  # fmt: skip
     """For each member, its quantized form, the damping, None if it was rounded plainly, and why it differs.
 
-    And what the layers make up for, and for each AIM_ROWS of what was aimed for, evenly spaced, None if the weights.
+    And for each layer AIM_ROWS of what was aimed for, evenly spaced, None if that is the weight.
     """
-    chosen, aim = choice.Choice(), None
+    aim = None
     nothing: list[torch.Tensor | None] = [None] * len(weights[0])
     known = [member.hessian for member in members if member.hessian is not None]
     if len(known) < len(members):  # no token reached any of them
         why = "no calibration token reached this layer" if calibrated else None
-        return [(_rounded(mine, None, scheme), None, why) for mine in weights], chosen, nothing
-    rows, (moments, held) = sum(len(weight) for weight in weights[0]), (members[0].moments, members[0].held_out)
-    if moments is not None and held is not None:
-        every = slice(None, None, -(-rows // choice.ROWS))
-        some = torch.cat([weight[every].detach().float() for weight in weights[0]])
-        chosen = choice.choose(some, moments, held, every, scheme, settings)
+        return [(_rounded(mine, None, scheme), None, why) for mine in weights], nothing
+    rows, moments = sum(len(weight) for weight in weights[0]), members[0].moments
     prepared = gptq.prepare(known, scheme, settings)
     if moments is not None and not isinstance(prepared.factors.damping[0], FactorError):
         aim = partial(choice.target, moments=moments, prepared=prepared, choice=chosen)
@@ -133,7 +160,7 @@ def _solutions(
             continue
         why = f"damping raised from {settings.damping:g} to {damping:g}" if damping > settings.damping else None
         found.append((solved, damping, why))
-    return found, chosen, aims
+    return found, aims
 
 
 def _taken(weights: list[list[torch.Tensor]], aim: Callable[..., torch.Tensor] | None, some: slice) -> torch.Tensor:

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from .core.hessian import Hessian
+from .core.means import Means
 from .core.moments import Moments
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
@@ -97,15 +98,25 @@ class Team(Hessians):
             hessian.sum_over(dist.all_reduce)
         return hessian if hessian.tokens else None
 
-    def whole_moments(self, moments: Moments | None, size: int, device: torch.device, outputs: int) -> Moments | None:
-        """The same of moments, with those of a residual of so many features."""
+    def whole_moments(
+        self, moments: Moments | None, size: int, device: torch.device, outputs: int, means: bool
+    ) -> Moments | None:
+        """The same of moments, with those of a residual of so many features, and with means or without."""
         if self.size == 1:
             return moments
-        moments = moments if moments is not None else self.moments(size, device)
+        moments = moments if moments is not None else self.moments(size, device, means)
         self.meet()
         with self._together():
             moments.sum_over(dist.all_reduce, outputs)
         return moments if moments.tokens else None
+
+    def whole_means(self, means: Means) -> Means:
+        """The sum of what all processes have counted."""
+        if self.size > 1:
+            self.meet()
+            with self._together():
+                means.sum_over(dist.all_reduce)
+        return means
 
     def share(self, tensors: Sequence[torch.Tensor], owner: int) -> None:
         """Fill the contiguous tensors, of equal shapes and dtypes everywhere, with what the owner has in them."""

@@ -48,6 +48,7 @@ class Settings:
                   that needs the original beside the quantized model takes a second stream of activations
     residual      whether a layer that writes to the residual stream makes up for the errors in that (see core.choice)
     token_weights whether in such a layer tokens count 1 / mean(r^2) of the residual r
+    biases        whether layers with a bias put the mean of their error into it, and are solved for the rest
     true_sequential  layers of a block see the error of those rounded before them, and a block runs once; without it
                   it runs twice, but keeps nothing in between (the pipeline's business)
     """
@@ -61,6 +62,7 @@ class Settings:
     upstream: bool = False
     residual: bool = False
     token_weights: bool = False
+    biases: bool = False
     true_sequential: bool = True
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from .. import native
 from .hessian import Hessian, exact_products
+from .means import Means
 
 
 def add_product(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
@@ -25,13 +26,14 @@ class Moments:
     hessian   of x_q: the sum of x_q x_q^T
     drift     D, float32 [n, n], the sum of (x - x_q) x_q^T: what quantizing has done so far to what the layer reads
     residual  G, float32 [out, n], the sum of (r - r_q) x_q^T, of a layer that writes to the residual r; else None
+    means     of the same rows, where a bias can absorb the mean of the error; else None
 
     With them, and the original's weight W, a layer's error is known up to a constant for any quantized Q:
     `|r + W x - r_q - Q x_q|^2 = const + tr(Q H Q^T) - 2 tr((W (H + D) + G) Q^T)`.
     """
 
-    def __init__(self, hessian: Hessian, drift: torch.Tensor) -> None:
-        self.hessian, self.drift = hessian, drift
+    def __init__(self, hessian: Hessian, drift: torch.Tensor, means: Means | None = None) -> None:
+        self.hessian, self.drift, self.means = hessian, drift, means
         self.residual: torch.Tensor | None = None
 
     @property
@@ -49,7 +51,7 @@ class Moments:
         """
         if not len(rows):
             return
-        drift = original - rows
+        drift, root = original - rows, None
         if weights is not None:
             root = weights.float().sqrt().unsqueeze(1)
             if rows.dtype == torch.bfloat16:  # the range of float32, so that nothing has to be copied to be multiplied
@@ -60,6 +62,8 @@ class Moments:
         add_product(drift, rows, self.drift)
         if apart is not None:
             add_product(apart, rows, self.gather(apart.shape[1]))
+        if self.means is not None:
+            self.means.update(rows, None if root is None else root.squeeze(1), drift, apart)
 
     def gather(self, outputs: int) -> torch.Tensor:
         """The sum for a residual of so many features."""
@@ -73,6 +77,8 @@ class Moments:
         self.drift.add_(other.drift, alpha=sign)
         if other.residual is not None:
             self.gather(len(other.residual)).add_(other.residual, alpha=sign)
+        if self.means is not None and other.means is not None:
+            self.means.merge(other.means, sign)
 
     @contextmanager
     def without(self, part: Moments) -> Iterator[None]:
@@ -92,6 +98,8 @@ class Moments:
         all_reduce(self.drift)
         if outputs:
             all_reduce(self.gather(outputs))
+        if self.means is not None:
+            self.means.sum_over(all_reduce, outputs)
 
     def wanted(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """`W (H + D) + G`, a sum like the others, for float32 [some, n], `rows` of the layer's weight."""

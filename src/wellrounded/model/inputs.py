@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.hessian import Hessian, in_memory
+from ..core.means import Means
 from ..core.moments import Moments
 from .experts import Routed
 
@@ -20,26 +21,34 @@ Count = Callable[..., None]  # told of an input, which of it is padding, and the
 class Hessians:
     """Where Hessians come from, and how they become whole: here at once; in a run of many processes, as their sum.
 
-    `square` makes their matrices, float32 zeros [size, size].
+    `square` makes their matrices, float32 zeros [size, size]. `biased` are the layers of the block at hand whose bias
+    is to absorb the mean of their error: of what they read the means are known, too.
     """
 
     square: Callable[[int, torch.device], torch.Tensor] = staticmethod(in_memory)
+    biased: Collection[str] = ()
 
     def new(self, size: int, device: torch.device) -> Hessian:
         """An empty one."""
         return Hessian(size, device, self.square)
 
-    def moments(self, size: int, device: torch.device) -> Moments:
-        """Empty ones."""
-        return Moments(self.new(size, device), self.square(size, device))
+    def moments(self, size: int, device: torch.device, means: bool = False) -> Moments:
+        """Empty ones, with means or without."""
+        return Moments(self.new(size, device), self.square(size, device), Means(size, device) if means else None)
 
     def whole(self, hessian: Hessian | None, size: int, device: torch.device) -> Hessian | None:
         """What all have counted, given what this process has; None if that is nothing."""
         return hessian
 
-    def whole_moments(self, moments: Moments | None, size: int, device: torch.device, outputs: int) -> Moments | None:
-        """The same of moments, with those of a residual of so many features."""
+    def whole_moments(
+        self, moments: Moments | None, size: int, device: torch.device, outputs: int, means: bool
+    ) -> Moments | None:
+        """The same of moments, with those of a residual of so many features, and with means or without."""
         return moments
+
+    def whole_means(self, means: Means) -> Means:
+        """The same of means, which every process has."""
+        return means
 
 
 HERE = Hessians()
@@ -51,6 +60,7 @@ class Member:
 
     moments   of all tokens, where it is known what the layers read in the original model; `hessian` is theirs
     held_out  the part of them that choices are made on
+    means     of the same tokens, where a bias can absorb the mean of the error
     """
 
     names: list[str]
@@ -58,6 +68,7 @@ class Member:
     tokens: int = 0
     moments: Moments | None = None
     held_out: Moments | None = None
+    means: Means | None = None
 
     def within(self, block: str) -> Member:
         """The same, its layers called by their full names."""
@@ -78,6 +89,7 @@ class Siblings:
     device: torch.device
     hessians: Hessians = HERE
     hessian: Hessian | None = None
+    means: Means | None = None
     _input: torch.Tensor | None = field(default=None, repr=False)
 
     def reads(self, x: torch.Tensor) -> bool:
@@ -91,19 +103,29 @@ class Siblings:
 
     def forget(self) -> None:
         """Let go of the Hessian: these layers are solved."""
-        self.hessian = None
+        self.hessian = self.means = None
 
     def stacks(self) -> Iterator[list[Member]]:
         """What is to be solved together: of layers that read one tensor, just these."""
         self.hessian = self.hessians.whole(self.hessian, self.size, self.device)
-        yield [Member(self.names, self.hessian, self.hessian.tokens if self.hessian else 0)]
+        means = self.hessians.whole_means(self.means or Means(self.size, self.device)) if self.biased else None
+        yield [Member(self.names, self.hessian, self.hessian.tokens if self.hessian else 0, means=means)]
+
+    @property
+    def biased(self) -> bool:
+        """Whether any of the layers has a bias that is to absorb the mean of its error."""
+        return not {*self.names}.isdisjoint(self.hessians.biased)
 
     def add(self, x: torch.Tensor, mask: torch.Tensor | None, batch: int = 0) -> None:
         """Count the inputs `x` [..., size] of these layers, but not where `mask` [...] says padding."""
         if self.hessian is None:
             self.hessian = self.hessians.new(self.size, x.device)
         if x.numel():
-            self.hessian.update(x, mask if mask is not None and mask.shape == x.shape[:-1] else None)
+            mask = mask if mask is not None and mask.shape == x.shape[:-1] else None
+            self.hessian.update(x, mask)
+            if self.biased:
+                self.means = self.means or Means(self.size, x.device)
+                self.means.update(x.reshape(-1, self.size) if mask is None else x[mask.to(x.device)])
 
 
 @dataclass
@@ -157,7 +179,7 @@ class Paired(Siblings):
         else:
             aside = self.aside(self.names, batch, original)
         if self.moments is None or self.held_out is None:
-            self.moments, self.held_out = (self.hessians.moments(self.size, x.device) for _ in range(2))
+            self.moments, self.held_out = (self.hessians.moments(self.size, x.device, self.biased) for _ in range(2))
         held = self.chosen_on(batch, x)
         real = torch.ones_like(held) if mask is None or mask.shape != held.shape else mask.to(x.device)
         for moments, some in ((self.moments, real & ~held), (self.held_out, real & held)):
@@ -165,11 +187,11 @@ class Paired(Siblings):
 
     def forget(self) -> None:
         """Let go of the moments: these layers are solved."""
-        self.hessian = self.moments = self.held_out = None
+        self.hessian = self.moments = self.held_out = self.means = None
 
     def stacks(self) -> Iterator[list[Member]]:
         """These layers, with the moments of all tokens and those of the held-out ones among them."""
-        about = self.size, self.device, self.outputs
+        about = self.size, self.device, self.outputs, self.biased
         held = self.held_out = self.hessians.whole_moments(self.held_out, *about)
         moments = self.moments = self.hessians.whole_moments(self.moments, *about)
         if moments is None or held is None:
@@ -177,7 +199,7 @@ class Paired(Siblings):
             return
         moments.merge(held)
         self.hessian = moments.hessian
-        yield [Member(self.names, moments.hessian, moments.hessian.tokens, moments, held)]
+        yield [Member(self.names, moments.hessian, moments.tokens, moments, held, moments.means)]
 
 
 @dataclass

@@ -27,7 +27,7 @@ from .inputs import HERE, Bank, Siblings
 from .originals import Originals, Twin
 from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
-from .weights import Read, materialize, release
+from .weights import Read, materialize, put, release
 
 ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
 
@@ -45,7 +45,8 @@ class BlockWalk:
     """
 
     def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu", towers: bool = True) -> None:
-        self.model, self.read, self.device = model, read, torch.device(device)
+        self.model, self._read, self.device = model, read, torch.device(device)
+        self._settled: dict[str, torch.Tensor] = {}  # what has become of tensors of the source
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
         self._leave = tuple(f"{name}." for name in [*self.names, *(() if towers else find_towers(model))])
@@ -54,6 +55,19 @@ class BlockWalk:
         self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
         self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
         self.idle: set[str] = set()  # parts with blocks of their own that it does not call on text
+
+    def read(self, name: str) -> torch.Tensor | None:
+        """A tensor by its name in the model, as it is now; None if the source has none."""
+        return self._settled[name] if name in self._settled else self._read(name)
+
+    def settle(self, name: str, value: torch.Tensor) -> None:
+        """A parameter has another value from here on, in a block that is at hand and whenever it is read again."""
+        self._settled[name] = value.cpu()
+        put(self.model, name, value)
+
+    def settled(self, block: str) -> dict[str, torch.Tensor]:
+        """What has become of parameters of this block, by their names in the model."""
+        return {name: value for name, value in self._settled.items() if name.startswith(f"{block}.")}
 
     def __iter__(self) -> Iterator[tuple[int, str, nn.Module]]:
         """(index, name, block), the block with its weights; they are dropped when the loop moves on."""
