@@ -31,8 +31,8 @@ DEFAULT = Preset(
     replace(FAST.settings, upstream=True, residual=True, token_weights=True),
 )
 BEST = Preset(
-    "also rotates the residual stream where that helps, rounds again on refitted scales, lets biases absorb what errors "
-    "have in common, and trains scales and norms against the original's answers",
+    "also rotates the residual stream where that helps, rounds again on refitted scales, lets biases absorb errors, "
+    "and trains scales and norms against the original's answers",
     replace(DEFAULT.settings, outer=2, biases=True),
     rotates=True,
     training=Training(),
