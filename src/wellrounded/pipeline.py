@@ -168,7 +168,7 @@ class Run:
     def _quantize(self, writer: Store, clock: Clock, spill: SpillFile | None) -> None:
         calibrating, dense, quantized = self._streams(spill)
         teacher = self._teacher(writer, clock, spill)
-        self.plan.excuse(self.walk.idle)
+        self.plan.excuse(self.walk.hollow.idle)
         give_back()
         clock.enter()
         for index, name, block in self.walk:

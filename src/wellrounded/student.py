@@ -234,8 +234,7 @@ class Student:
         """What the model says if its last block returned `hidden` [..., 1, length, size] for this window."""
         one, mask = slice(window, window + 1), stream.masks[batch]
         mask = None if mask is None else mask[one]
-        with self.walk._hollow(None, lambda _: hidden):
-            output = self.walk._call_model(stream.ids[batch][one], mask, stream.more[batch])
+        output = self.walk.hollow.answer(hidden, stream.ids[batch][one], mask, stream.more[batch])
         if (logits := getattr(output, "logits", None)) is None:
             kind = type(self.walk.model).__name__
             raise UsageError(f"{kind}: gives no logits, so there is no KL to train its scales by")

@@ -159,6 +159,10 @@ class Stream:
         self.calls.append(calls)
         self.carried.append({})
 
+    def given(self, batch: int) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, Any]]:
+        """What the model is given: ids, mask, and what else."""
+        return self.ids[batch], self.masks[batch], self.more[batch]
+
     def hidden(self, batch: int) -> torch.Tensor:
         """[windows, length, size]: what the next block reads."""
         kept = self._hidden[batch]

@@ -1,39 +1,33 @@
 """BlockWalk: one decoder block in memory at a time, each called exactly as the model would call it.
 
-Models hand their blocks more than a hidden state (masks, rotary embeddings, and not the same ones for every block).
-The hollow walk learns them without running a block: every block's forward is replaced by a recorder that returns its
-hidden state unchanged, in the form in which the first block returned one, and the model is called once. What a block
-returns besides and the model hands to a later one is recorded by where it comes from. Chaining the real blocks with
-what was recorded gives exactly what the model gives.
+What it gives them besides a hidden state is learned in a hollow model (hollow.py); chaining the real blocks with that
+gives exactly what the model gives.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..errors import NumericsError, UsageError
-from .blocks import find_blocks, idle_parts, shape_of
+from ..errors import NumericsError
+from .blocks import find_blocks, shape_of
 from .blocks import towers as find_towers
-from .calls import Call, Carried, carried_in, hidden_of, hidden_of_output, same, with_own_boxes
+from .calls import carried_in, hidden_of_output, same, with_own_boxes
+from .hollow import Hollow
 from .inputs import HERE, Bank, Siblings
 from .originals import Originals, Twin
 from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
 from .weights import Read, materialize, put, release
 
-ODD = (TypeError, IndexError, ValueError, AttributeError, RuntimeError)  # what a model raises that is called oddly
-
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
-    """Ends a hollow walk at the last block, so that the head never runs."""
+    """Ends a call of the model where nothing beyond is wanted."""
 
 
 class BlockWalk:
@@ -52,9 +46,7 @@ class BlockWalk:
         self._leave = tuple(f"{name}." for name in [*self.names, *(() if towers else find_towers(model))])
         self._users = 0  # of what lies outside the blocks
         self.hessians = HERE
-        self._form: tuple | None = None  # of what blocks return: None for a tensor, or which places hold something
-        self.called: list[int] = []  # the blocks that the model calls on text, once a stream has come
-        self.idle: set[str] = set()  # parts with blocks of their own that it does not call on text
+        self.hollow = Hollow(model, self.names, self.blocks, self.at)
 
     def read(self, name: str) -> torch.Tensor | None:
         """A tensor by its name in the model, as it is now; None if the source has none."""
@@ -111,13 +103,11 @@ class BlockWalk:
         masks = [None] * len(parts) if mask is None else list(mask.to(self.device).split(1 if more else batch))
         inputs = [{name: self._input(value) for name, value in one.items()} for one in more]
         with self.outside():
-            if not self.called:
-                self._learn(parts[0][:1], None if masks[0] is None else masks[0][:1], inputs[0] if inputs else {})
             return self._entered(Stream(parts, masks, inputs, spill))
 
     def _entered(self, stream: Stream) -> Stream:
         for ids, mask, more in zip(stream.ids, stream.masks, stream.more):
-            hidden, calls = self._hollow_walk(ids, mask, more)
+            hidden, calls = self.hollow.enter(ids, mask, more)
             # Batches that give a block the same masks and rotary tables share them.
             twin = stream.calls[0] if stream.calls and same(stream.calls[0], calls) else calls
             stream.enter(hidden, with_own_boxes(twin))
@@ -243,8 +233,8 @@ class BlockWalk:
         if not torch.isfinite(hidden.sum(dtype=torch.float32)) and not torch.isfinite(hidden).all():
             raise NumericsError(f"{self.names[index]}: its output holds NaN or Inf")
         stream.leave(batch, index, hidden)
-        if not self._form or not any(self._form[1:]):
-            return  # blocks hand nothing on
+        if not self.hollow.hands_on:
+            return
         wanted = {c for call in stream.calls[batch][index + 1 :] for c in carried_in(call)}
         carried = {c: v for c, v in stream.carried[batch].items() if c in wanted}
         carried |= {c: output[c.place] for c in wanted if c.block == index}
@@ -252,12 +242,8 @@ class BlockWalk:
 
     def output(self, stream: Stream, batch: int) -> tuple[torch.Tensor, bool]:
         """What the model makes of what the last block returned, and whether it is logits, not hidden states."""
-
-        def last(hidden: torch.Tensor) -> torch.Tensor:
-            return stream.hidden(batch)
-
-        with self.outside(), self._hollow(None, last), torch.no_grad():
-            output = self._call_model(stream.ids[batch], stream.masks[batch], stream.more[batch])
+        with self.outside(), torch.no_grad():
+            output = self.hollow.answer(stream.hidden(batch), *stream.given(batch))
         logits = getattr(output, "logits", None)
         return (output[0], False) if logits is None else (logits, True)
 
@@ -288,152 +274,3 @@ class BlockWalk:
         if "hidden_states" in kwargs:
             return block(*args, **{**kwargs, "hidden_states": hidden})
         return block(hidden, *args, **kwargs)
-
-    def _learn(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
-        """In which form blocks return their hidden state, and that each is called once, in the order of the list.
-
-        Raises UsageError if they are not, or cannot be called without what others compute.
-        """
-        self._form = self._first_form(ids, mask, more)
-        simple = self._form and (True,) + (False,) * (len(self._form) - 1)
-        problem = ""
-        for form in dict.fromkeys([self._form, simple]):
-            self._form = form  # a model may compute with what blocks return besides: then it is not handed on
-            calls: list[tuple[int, torch.Tensor]] = []
-
-            def note(block: nn.Module, args: tuple, kwargs: dict[str, Any], calls: list = calls) -> None:
-                calls.append((self.blocks.index(block), hidden_of(args, kwargs)))
-
-            try:
-                with self._hollow(note, None), torch.no_grad():
-                    ran = self._modules_reached(ids, mask, more)
-                break
-            except ODD as error:
-                problem = f"{type(error).__name__}: {error}"
-        else:
-            raise self._cannot(problem)
-        self._check(calls)
-        self.called = [index for index, _ in calls]
-        self.idle = idle_parts(self.model, ran)
-
-    def _first_form(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> tuple | None:
-        """How the first block that is called returns: None for a tensor, or which places of a tuple hold something."""
-        seen: list[tuple[nn.Module, tuple, dict[str, Any]]] = []
-
-        def first(*call: Any) -> None:
-            seen.append(call)  # type: ignore[arg-type]
-            raise _Stop
-
-        try:
-            with suppress(_Stop), self._hollow(first, None), torch.no_grad():
-                self._call_model(ids, mask, more)
-        except ODD as error:
-            raise self._cannot(f"{type(error).__name__}: {error}") from None
-        if not seen:
-            raise self._cannot("the model calls none of them")
-        block, args, kwargs = seen[0]
-        name = self.names[self.blocks.index(block)]
-        materialize(block, self.read, f"{name}.", self.device)
-        try:
-            with torch.no_grad():
-                output = block(*args, **kwargs)
-        except ODD as error:
-            raise self._cannot(f"{name} does not run by itself ({type(error).__name__}: {error})") from None
-        finally:
-            release(block)
-        if isinstance(output, (tuple, list)):
-            return tuple(place is not None for place in output)
-        if not isinstance(output, torch.Tensor):
-            raise self._cannot(f"{name} returns a {type(output).__name__}, neither a tensor nor a tuple")
-        return None
-
-    def _modules_reached(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> set[str]:
-        """Call the model once; the names of the modules that ran."""
-        ran: set[str] = set()
-        hooks = [
-            module.register_forward_pre_hook(lambda module, args, name=name: ran.add(name))
-            for name, module in self.model.named_modules()
-        ]
-        try:
-            self._call_model(ids, mask, more)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return ran
-
-    def _check(self, calls: list[tuple[int, torch.Tensor]]) -> None:
-        """Raises UsageError unless each block was called at most once, in order, with what the one before returned."""
-        order = [index for index, _ in calls]
-        for index in order:
-            if order.count(index) > 1:
-                raise self._cannot(f"{self.names[index]} is called {order.count(index)} times in one pass")
-        if order != sorted(order):
-            raise self._cannot("they are not called in the order of their list")
-        for (_, before), (index, after) in pairwise(calls):
-            if (before.data_ptr(), before.shape) != (after.data_ptr(), after.shape):
-                raise self._cannot(
-                    f"{self.names[index]} does not read what the block before it returns: the model computes between"
-                )
-
-    def _cannot(self, why: str) -> UsageError:
-        return UsageError(
-            f"{type(self.model).__name__}: its blocks ({self.names[0]} ... {self.names[-1]}) cannot be walked one "
-            f"after another: {why}; calibration='none' rounds them plainly, without a walk"
-        )
-
-    def _hollow_walk(
-        self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]
-    ) -> tuple[torch.Tensor, list[Call | None]]:
-        """The hidden state that enters the first block, and what each block is given besides, None if it is passed by.
-
-        Other inputs may make a model compute between its blocks, or call others: that is looked at every time.
-        """
-        calls: list[Call | None] = [None for _ in self.blocks]
-        entering: list[tuple[int, torch.Tensor]] = []
-
-        def record(block: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-            named, index = "hidden_states" in kwargs, self.blocks.index(block)
-            entering.append((index, hidden_of(args, kwargs)))
-            calls[index] = (args if named else args[1:], {**kwargs, "hidden_states": None} if named else kwargs)
-            if index == self.called[-1]:
-                raise _Stop
-
-        with suppress(_Stop), self._hollow(record, None), torch.no_grad():
-            self._call_model(ids, mask, more)
-        self._check(entering)
-        return entering[0][1], calls
-
-    def _call_model(self, ids: torch.Tensor, mask: torch.Tensor | None, more: dict[str, Any]) -> Any:
-        wanted = inspect.signature(self.model.forward).parameters
-        caching = {"use_cache": False} if "use_cache" in wanted or "kwargs" in wanted else {}
-        if "decoder_input_ids" in wanted:  # an encoder-decoder model: it reads the text, and is to write it
-            caching["decoder_input_ids"] = ids
-        return self.model(input_ids=ids, attention_mask=None if mask is None else mask.long(), **more, **caching)
-
-    @contextmanager
-    def _hollow(self, record: Callable | None, last: Callable | None) -> Iterator[None]:
-        """Replace every block's forward by one that only records, or that returns `last` from the final block."""
-
-        def forward_of(index: int, block: nn.Module) -> Callable:
-            def forward(*args: Any, **kwargs: Any) -> Any:
-                hidden = hidden_of(args, kwargs)
-                if record is not None:
-                    record(block, args, kwargs)
-                if last is not None and index == self.called[-1]:
-                    hidden = last(hidden)
-                if self._form is None:
-                    return hidden
-                return hidden, *(Carried(index, n) if held else None for n, held in enumerate(self._form) if n)
-
-            return forward
-
-        own = {block: block.__dict__.get("forward") for block in self.blocks}  # hooks may have put one there already
-        for index, block in enumerate(own):
-            block.forward = forward_of(index, block)
-        try:
-            yield
-        finally:
-            for block, forward in own.items():
-                del block.forward
-                if forward is not None:
-                    block.forward = forward
