@@ -157,7 +157,7 @@ def test_neither_texts_nor_tokenizer_end_up_in_a_file(llama, registered, tmp_pat
         ({"modules_in_block_to_quantize": [["mlp.sideways"]]}, {}, "only 'mlp.sideways' was asked for, but no layer's"),
         ({"model_seqlen": 4096}, {}, "length=4096 was asked for, but the model reads at most 256 tokens"),
         ({"group_size": 4096}, {}, "group_size=4096 was asked for, but the widest layer has 128 inputs"),
-        ({"backend": "fastest"}, {}, "backend='fastest' was asked for; there are auto, cpu, torch-int4, reference"),
+        ({"backend": "fastest"}, {}, "'fastest' was asked for; there are auto, triton, cpu, torch-int4, reference"),
         ({"tokenizer": "no/such/thing"}, {}, "calibration needs a tokenizer; give GPTQConfig one, 'no/such/thing' has"),
         ({"tokenizer": 5}, {}, "tokenizer is a int; give a tokenizer, or the name of one"),
         ({}, {"device_map": {"model": "disk", "lm_head": "cpu"}}, "the device map puts layers on disk, where only a"),

@@ -53,9 +53,9 @@ class Kernel(Protocol):
 @cache
 def table() -> tuple[Kernel, ...]:
     """Every kernel, the preferred ones first; the last one never refuses."""
-    from . import cpu, reference, torch_int4
+    from . import cpu, reference, torch_int4, triton
 
-    return cpu, torch_int4, reference  # type: ignore[return-value]
+    return triton, cpu, torch_int4, reference  # type: ignore[return-value]
 
 
 def named(name: str) -> Kernel:

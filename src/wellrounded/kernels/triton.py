@@ -1,0 +1,184 @@
+"""GPUs: the packed weight goes through the tensor cores as it is read, restored in registers.
+
+Up to 64 rows one kernel reads the packed words once. Where there are too few outputs for all processors, several
+programs share the columns of an output, and the last of them adds up, always in the same order. For more rows the
+weight is restored once, in the dtype of the input, and multiplied by torch. Codes minus zeros are whole numbers below
+256, exact in bfloat16 and float16; their products are summed in float32 within a group, and scaled once per group.
+
+Layout: columns in blocks of 32, each in as many words as a code has bits, outputs side by side. A word of a block holds
+32 / bits codes, the first in the lowest bits; of 3 bits, two words hold the lower two of each code, one the highest.
+Where groups are not whole blocks, or columns are in another order, columns are gathered, and each group is filled up.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn import functional as F
+
+from ..core.scheme import Scheme
+from ..core.weight import QuantizedWeight
+
+if TYPE_CHECKING:
+    from . import Dense, Need
+
+NAME = "triton"
+DTYPES = (torch.bfloat16, torch.float16)
+BLOCK = 32  # columns
+FEW_ROWS = 64  # beyond, restoring the weight for a dense product is faster
+OUTPUTS = 64  # of a program
+PROGRAMS = 264  # that a GPU is to have at least: two for each of the processors of a large one
+Prepared = list[torch.Tensor]
+
+
+def refuses(need: Need) -> str | None:
+    """Why this layer cannot use it, as a sentence."""
+    if not need.device.startswith("cuda") and not _interpreted():
+        return f"it runs on GPUs, the layer is on {need.device}"
+    if need.dtype not in DTYPES:
+        return f"it computes in {', '.join(map(str, DTYPES))}, not {need.dtype}"
+    if _programs() is None:
+        return "the package triton is not installed"
+    return _wrong(need.scheme.bits, need.dtype, need.device)
+
+
+def prepare(weight: QuantizedWeight, need: Need) -> Prepared:
+    """Words int32 [blocks, bits, out], scales float16 and zeros uint8 [groups, out], and the columns' order int32.
+
+    Zeros are empty where all are the middle of the range; the order is where columns are in that of the words.
+    """
+    codes, order = _blocked(weight)
+    bits = weight.scheme.bits
+    blocks = codes.T.contiguous().view(-1, BLOCK, len(codes)).int()
+    words = torch.cat([_packed(blocks & 3, 2), _packed(blocks >> 2, 1)], 1) if bits == 3 else _packed(blocks, bits)
+    middle = bool((weight.zeros == weight.scheme.midpoint).all())
+    zeros = weight.zeros.new_empty(0) if middle else weight.zeros.T.contiguous()
+    return [words.contiguous(), weight.scales.T.contiguous(), zeros, order]
+
+
+def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> torch.Tensor:
+    """[..., in] to [..., out]."""
+    rows = x.numel() // x.shape[-1]
+    if not rows or x.dtype not in DTYPES:
+        return F.linear(x, dense(x.dtype))
+    if rows > FEW_ROWS:
+        return F.linear(x, restored(prepared, x.shape[-1], x.dtype))
+    words, scales, zeros, order = prepared
+    blocks, bits, outputs = words.shape
+    flat = x.reshape(rows, x.shape[-1]).contiguous()
+    y = flat.new_empty(rows, outputs)
+    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
+    whole = blocks // scales.shape[0]  # blocks of a group
+    chunk = max(n for n in (1, 2, 4) if whole % n == 0)
+    shares = _shares(outputs, blocks // chunk)
+    parts, counters = _workspace(x.device, shares, rows, outputs)
+    _programs().few_rows[(-(-outputs // OUTPUTS), shares)](
+        flat, words, scales, zeros, order, y, parts, counters, rows, x.shape[-1], outputs, blocks // chunk,
+        BITS=bits, CHUNK=chunk, PER_GROUP=whole // chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1,
+        ORDERED=order.numel() > 0, ROWS=tall, OUTPUTS=OUTPUTS, SHARES=shares, STEPS=-(-(blocks // chunk) // shares),
+        WIDE=_interpreted() and x.dtype == torch.bfloat16,
+    )  # fmt: skip
+    return y.view(*x.shape[:-1], outputs)
+
+
+def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]: the dense weight, rounded once to `dtype`."""
+    words, scales, zeros, order = prepared
+    blocks, bits, outputs = words.shape
+    dense = torch.empty(outputs, columns, dtype=dtype, device=words.device)
+    _programs().restore[(-(-outputs // OUTPUTS), blocks)](
+        words, scales, zeros, order, dense, outputs, columns,
+        BITS=bits, PER_GROUP=blocks // scales.shape[0], MIDDLE=1 << (bits - 1) if not zeros.numel() else -1,
+        ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
+    )  # fmt: skip
+    return dense
+
+
+@cache
+def _programs() -> Any:
+    """What runs on the device, None without triton; loaded when it is needed, for that takes a while."""
+    try:
+        from . import triton_products
+    except ImportError:
+        return None
+    return triton_products
+
+
+def _blocked(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes [out, whole blocks for every group], and which column each is: int32, -1 for none, empty if in order."""
+    inputs = weight.shape[1]
+    groups, index = weight.scales.shape[1], weight.group_index.long()
+    sizes = torch.bincount(index, minlength=groups)
+    width = -(-int(sizes.max()) // BLOCK) * BLOCK
+    if weight.trivially_grouped and width * groups == inputs:
+        return weight.codes, index.new_empty(0, dtype=torch.int32)
+    columns = torch.argsort(index, stable=True)
+    place = torch.arange(inputs, device=index.device) - (sizes.cumsum(0) - sizes)[index[columns]]
+    place += index[columns] * width
+    order = torch.full((groups * width,), -1, dtype=torch.int32, device=index.device)
+    order[place] = columns.int()
+    codes = weight.zeros.repeat_interleave(width, 1)  # what is filled up stands for 0
+    codes[:, place] = weight.codes[:, columns]
+    return codes, order
+
+
+def _packed(blocks: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [blocks, bits, out] of codes int32 [blocks, 32, out]."""
+    per = 32 // bits
+    shifts = (torch.arange(per, device=blocks.device) * bits).view(1, 1, -1, 1)
+    words = (blocks.view(len(blocks), bits, per, -1).long() << shifts).sum(2)
+    return torch.where(words >= 2**31, words - 2**32, words).int()
+
+
+def _shares(outputs: int, steps: int) -> int:
+    """Among how many programs the columns of an output are divided."""
+    programs = -(-outputs // OUTPUTS)
+    return max(1, min(-(-PROGRAMS // programs), steps // 4, 16))
+
+
+_counters: dict[Any, torch.Tensor] = {}  # by device and stream: zero before every product, and again after it
+
+
+def _workspace(device: torch.device, shares: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs put parts of sums, float32 [shares, rows, out], and count how many are done, int32."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    needed = -(-outputs // OUTPUTS)
+    if key not in _counters or len(_counters[key]) < needed:
+        _counters[key] = torch.zeros(max(needed, 4096), dtype=torch.int32, device=device)
+    size = shares * rows * outputs if shares > 1 else 0
+    return torch.empty(size, dtype=torch.float32, device=device), _counters[key]
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+@cache
+def _wrong(bits: int, dtype: torch.dtype, device: str) -> str | None:
+    """A small product, in both ways, against the dense weight's: a sentence if this device computes something else."""
+    random = torch.Generator().manual_seed(bits)
+    scheme = Scheme(bits, 32)
+    weight = QuantizedWeight(
+        codes=torch.randint(scheme.max_code + 1, (32, 64), generator=random).to(device, torch.uint8),
+        scales=torch.randn(32, 2, generator=random).to(device, torch.float16),
+        zeros=torch.full((32, 2), scheme.midpoint, dtype=torch.uint8, device=device),
+        group_index=scheme.trivial_group_index(64).to(device),
+        scheme=scheme,
+    )
+    x = torch.randn(FEW_ROWS + 1, 64, generator=random).to(device, dtype)
+    try:
+        prepared = prepare(weight, None)  # type: ignore[arg-type]  # which asks nothing of the need
+        for rows in (1, len(x)):
+            expected = x[:rows].float() @ weight.dequantize().T
+            error = (matmul(x[:rows], prepared, weight.dequantize).float() - expected).norm() / expected.norm()
+            if not error < 0.02:
+                return (
+                    f"it computes something else on this {device}: {float(error):.3g} off in a product of {rows} rows"
+                )
+    except Exception as error:  # whatever a compiler or a driver raises
+        return f"it does not run on this {device} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    return None
