@@ -13,7 +13,7 @@ from wellrounded.core.weight import QuantizedWeight
 from wellrounded.errors import UsageError
 from wellrounded.kernels import Need, reference, torch_int4
 
-KERNELS = kernels.table()
+KERNELS = [kernel for kernel in kernels.table() if kernel.NAME != "triton"]  # that one is in test_triton.py
 NAMES = [kernel.NAME for kernel in KERNELS]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 ROWS = [1, 3, 24, 25, 100]
