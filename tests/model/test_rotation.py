@@ -26,8 +26,8 @@ REFUSED = {
 }
 
 
-def walked(kind):
-    """A walk over a model with other gains than 1, and its head untied."""
+def walked(kind, loud=1.0):
+    """A walk over a model with other gains than 1, its head untied, and as `loud` a multilayer perceptron."""
     model = tiny.build(kind) if kind in tiny.ARCHITECTURES else tiny_configs.build(kind)
     model.set_output_embeddings(copy.deepcopy(model.get_output_embeddings()))
     random = torch.Generator().manual_seed(2)
@@ -35,6 +35,9 @@ def walked(kind):
         for parameter in model.parameters():
             if parameter.ndim == 1:
                 parameter.add_(torch.randn(parameter.shape, generator=random), alpha=0.3)
+        for name, parameter in model.named_parameters():
+            if "down_proj" in name:
+                parameter.mul_(loud)
     take_apart(model, fused_experts(model))
     tensors = {name: value.detach().clone() for name, value in [*model.named_parameters(), *model.named_buffers()]}
     return BlockWalk(meta_copy(model, torch.float32), tensors.get)
@@ -70,6 +73,15 @@ def test_a_rotation_changes_weights_and_not_what_the_model_says(kind):
         assert (new == new.flatten()[0]).all() if "norm" in name else (new - old).norm() > 0.5 * old.norm(), name
     blocks = {name.split(".")[2] for name in rotation.changes if ".layers." in name}
     assert len(blocks) == len(walk.blocks)
+
+
+def test_what_writes_little_beside_others_is_rotated_too():
+    """In the first block of a real model, attention is next to nothing beside what follows it."""
+    walk = walked("llama", loud=300.0)
+    rotation = found(walk)
+    assert {f"model.layers.0.self_attn.{name}.weight" for name in ("q_proj", "o_proj")} <= rotation.changes.keys()
+    rotated = BlockWalk(walk.model, rotation.read(walk.read))
+    torch.testing.assert_close(logits(rotated), logits(walk), rtol=1e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -146,8 +146,9 @@ def _of_block(walk: BlockWalk, index: int, block: nn.Module, stream: Stream, tur
         walk._run(index, stream, 0)
     layers = {name: module for name, module in block.named_modules() if _is_matrix(module)}
     reading = {name for _, read in readers.values() for name in read}
-    alone = [[name] for name, layer in layers.items() if name not in reading and shape_of(layer)[0] == size]
-    writers = [*walk.writers(index, stream, alone), *_last_of_experts(block, reading)]
+    inner = {name for name in layers if any(name.startswith(f"{experts}.") for experts in _experts(block))}
+    writers = [name for name in layers if name not in reading | inner and shape_of(layers[name])[0] == size]
+    writers += _last_of_experts(block, reading)  # which of these do not write will be noticed
     if missing := {*reading, *writers} - layers.keys():
         raise NotExact(f"{walk.names[index]}.{missing.pop()}: its experts are not apart")
     changes: dict[str, Change] = {}
@@ -218,10 +219,13 @@ def _is_matrix(module: nn.Module) -> bool:
     return weight is not None and weight.ndim == 2 and not isinstance(module, nn.Embedding)
 
 
+def _experts(block: nn.Module) -> dict[str, Experts]:
+    return {name: part for name, part in block.named_modules() if isinstance(part, Experts)}
+
+
 def _last_of_experts(block: nn.Module, reading: set[str]) -> list[str]:
     """The last layers of experts whose first ones read a norm."""
-    banks = [(name, part) for name, part in block.named_modules() if isinstance(part, Experts)]
-    mine = [(name, part) for name, part in banks if f"{name}.{part.names(0)[0][0]}" in reading]
+    mine = [(name, part) for name, part in _experts(block).items() if f"{name}.{part.names(0)[0][0]}" in reading]
     return [f"{name}.{one}" for name, part in mine for expert in part.names(-1) for one in expert]
 
 
