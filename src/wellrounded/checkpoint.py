@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .errors import CheckpointError, UsageError
+from .model.weights import Change, changed
 from .tensorfile import TensorFile, read_header
 from .writer import Writer
 
@@ -55,23 +56,19 @@ class Source:
     verify: Callable[[], None] = lambda: None
     rotation: dict[str, Any] | None = None
 
-    def changed(self, changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]], mark: str) -> Source:
+    def changed(self, changes: Mapping[str, Change], mark: str) -> Source:
         """The same with other values in some tensors, by their names in the model; they are stored in their old dtype.
 
         Of a stored tensor that several of the model's are made of, none may be copied as it is. The fingerprint gets a
         mark by which this source is told apart.
         """
 
-        def read(name: str) -> torch.Tensor | None:
-            value = self.read(name)
-            return changes[name](value) if value is not None and name in changes else value
-
         def read_stored(stored: str) -> torch.Tensor:
             value, made = self.read_stored(stored), self.made[stored]
             return changes[made[0]](value).to(value.dtype) if len(made) == 1 and made[0] in changes else value
 
         marked = {"": mark, **self.fingerprint} if isinstance(self.fingerprint, dict) else f"{self.fingerprint} {mark}"
-        return replace(self, read=read, read_stored=read_stored, fingerprint=marked)
+        return replace(self, read=changed(self.read, changes), read_stored=read_stored, fingerprint=marked)
 
 
 class Reader:

@@ -20,6 +20,7 @@ from .formats.gptq import layout
 from .memory import shown
 from .model import blocks as layers_of
 from .model.inputs import STACK_BYTES
+from .model.rotation import NotExact, ends_of
 from .model.stream import LARGE
 from .plan import Plan
 from .presets import FAST, TRIED_ON, Preset
@@ -88,7 +89,7 @@ class Forecaster:
         self.device, self.base = device, base
         self.preset, self.settings = preset, preset.settings
         self.training = preset.training if work.windows else None
-        self.rotates = preset.rotates and work.windows > 0 and not _tied(source.model)
+        self.rotates = preset.rotates and work.windows > 0 and _may_rotate(source.model)
         # Whether what layers read is compared with the original, and whether that is on its way beside: see pipeline.
         self.compared = self.settings.paired and self.settings.true_sequential
         self.streams = 2 if self.settings.paired or self.training else 1
@@ -328,11 +329,12 @@ def _width(model: nn.Module) -> int:
     return 0
 
 
-def _tied(model: nn.Module) -> bool:
-    """Whether the head is the embeddings, or there is none: such models are not rotated."""
-    with suppress(NotImplementedError, AttributeError):
-        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()  # type: ignore[operator]
-        return head is None or head.weight is embeddings.weight
+def _may_rotate(model: nn.Module) -> bool:
+    """Whether the model's ends allow it; what is between them shows when it runs."""
+    try:
+        ends_of(model)
+    except NotExact:
+        return False
     return True
 
 

@@ -27,9 +27,8 @@ from .blocks import towers as find_towers
 from .experts import Experts
 from .stream import Stream
 from .walk import BlockWalk
-from .weights import Read
+from .weights import Change, Read, changed
 
-Change = Callable[[torch.Tensor], torch.Tensor]
 Divergence = Callable[[torch.Tensor, torch.Tensor, "torch.Tensor | None"], tuple[float, int]]
 MOST = 0.02  # nats per token: how far rounding the rotated weights to their dtype may move a model
 APART = 0.1  # how far, beside its own size, a rotated hidden state may be from the original's: rounded to bfloat16
@@ -80,14 +79,20 @@ class Rotation:
     changes: dict[str, Change] = field(default_factory=dict)
     kl: float = 0.0
 
-    def read(self, read: Read) -> Read:
-        """The same tensors, rotated."""
 
-        def rotated(name: str) -> torch.Tensor | None:
-            value = read(name)
-            return self.changes[name](value) if value is not None and name in self.changes else value
-
-        return rotated
+def ends_of(model: Any) -> tuple[nn.Module, nn.Module]:
+    """The embeddings, and the output head. Raises NotExact where these alone stand in the way."""
+    try:
+        embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
+    except (NotImplementedError, AttributeError):
+        raise NotExact("it does not say what its embeddings are") from None
+    if find_towers(model):
+        raise NotExact("it reads more than text")
+    if head is None or not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
+        raise NotExact("it has no output head")
+    if head.weight is embeddings.weight:
+        raise NotExact("its output head is its embeddings, too, in which norms cannot be folded")
+    return embeddings, head
 
 
 @torch.no_grad()
@@ -97,19 +102,13 @@ def find(walk: BlockWalk, enter: Callable[[BlockWalk], Stream], divergence: Dive
     `divergence` gives the sum of the KL between two tensors of logits, with a mask, and over how many tokens. Raises
     NotExact for a model that cannot be rotated.
     """
-    model: Any = walk.model
+    model = walk.model
     names = {module: name for name, module in model.named_modules()}
-    embeddings, head = model.get_input_embeddings(), model.get_output_embeddings()
-    if find_towers(model):
-        raise NotExact("it reads more than text")
-    if head is None or not isinstance(getattr(embeddings, "weight", None), torch.Tensor):
-        raise NotExact("it has no output head")
-    if head.weight is embeddings.weight:
-        raise NotExact("its output head is its embeddings, too, in which norms cannot be folded")
+    embeddings, head = ends_of(model)
     plain = enter(walk)
     turn, rotation = Orthogonal(plain.hidden(0).shape[-1], seed=0), Rotation()
     changes, source = rotation.changes, walk.read
-    rotated = BlockWalk(model, rotation.read(source), walk.device)
+    rotated = BlockWalk(model, changed(source, changes), walk.device)
     changes[f"{names[embeddings]}.weight"] = lambda value: turn(value).to(value.dtype)
     moved = enter(rotated)
     _compare(plain, moved, turn, "the embeddings")

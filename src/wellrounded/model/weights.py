@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,6 +12,19 @@ from torch import nn
 from ..errors import CheckpointError, NumericsError
 
 Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
+
+
+Change = Callable[[torch.Tensor], torch.Tensor]
+
+
+def changed(read: Read, changes: Mapping[str, Change]) -> Read:
+    """The same tensors, some of them with other values, by their names in the model."""
+
+    def other(name: str) -> torch.Tensor | None:
+        value = read(name)
+        return changes[name](value) if value is not None and name in changes else value
+
+    return other
 
 
 def materialize(
