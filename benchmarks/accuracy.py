@@ -26,7 +26,7 @@ import numpy as np
 import accuracy_table as table
 import held_out
 import paired
-from contenders import CONTENDERS, PEERS, command_of
+from contenders import CONTENDERS, FURTHER, PEERS, command_of
 
 HERE = Path(__file__).parent
 
@@ -69,10 +69,12 @@ def prepare(args: argparse.Namespace, original: Path) -> tuple[dict[str, Any], d
     tokenizer = AutoTokenizer.from_pretrained(original)
     ids = held_out.tokens(tokenizer, Path(args.calibration).read_text(encoding="utf-8"))
     begin = held_out.beginning(tokenizer)
-    windows, between = held_out.calibration(ids, args.length, args.samples, begin)
+    given = held_out.calibration(ids, args.length, args.samples, begin)
+    windows = given.calibration
     np.save(args.work / "windows.npy", windows)
-    row = {"input_ids": np.concatenate([windows, between]).flatten().tolist()}  # cut into the very same windows again
-    (args.work / "windows.jsonl").write_text(json.dumps(row))
+    for name, most in (("windows", 0), ("further", FURTHER)):  # which wellrounded cuts into the very same windows again
+        row = {"input_ids": held_out.with_further(given, most).tolist()}
+        (args.work / f"{name}.jsonl").write_text(json.dumps(row))
     about: dict[str, Any] = {"calibration": {"sha256": held_out.digest(windows), "windows": list(windows.shape)}}
     cut = {}
     for name, text in texts_of(args).items():

@@ -9,6 +9,7 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 OURS = ("-m", "wellrounded", "quantize")
+FURTHER = 256  # windows of the same text that `best` trains on
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Contender:
     peer: str | None = None
     runner: str | None = None  # in peers/; None for wellrounded's own command
     options: tuple[str, ...] = ()
+    calibration: str = "windows.jsonl"  # of those that `accuracy.py` writes
 
 
 CONTENDERS = {
@@ -26,7 +28,7 @@ CONTENDERS = {
     "none": Contender("wellrounded, no data", options=("--calibration", "none")),
     "fast": Contender("wellrounded, fast", options=("--preset", "fast")),
     "default": Contender("wellrounded"),
-    "best": Contender("wellrounded, best", options=("--preset", "best")),
+    "best": Contender("wellrounded, best", options=("--preset", "best"), calibration="further.jsonl"),
     "llmcompressor": Contender("llm-compressor GPTQ", "llmcompressor", "run_llmcompressor.py"),
     "gptqmodel": Contender("GPTQModel", "gptqmodel", "run_gptqmodel.py"),
     "gptqmodel-best": Contender(
@@ -45,7 +47,7 @@ def command_of(name: str, args: argparse.Namespace, original: Path, out: Path) -
         python = python_of(getattr(args, contender.peer)) if contender.peer else sys.executable
         words = [str(HERE / "peers" / contender.runner), str(original), str(out), "--windows", "windows.npy"]
         return [python, *words, *scheme, *contender.options, "--iterations", str(args.iterations)]
-    data = [] if "--calibration" in contender.options else ["--calibration", "windows.jsonl"]
+    data = [] if "--calibration" in contender.options else ["--calibration", contender.calibration]
     asked = ["--samples", str(args.samples), "--length", str(args.length), "--json", "--fresh"]
     return [sys.executable, *OURS, str(original), "-o", str(out), *scheme, *data, *asked, *contender.options]
 

@@ -14,7 +14,7 @@ import sysconfig
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -71,17 +71,41 @@ def beginning(tokenizer: Any) -> int | None:
     return first if first in tokenizer.all_special_ids else None
 
 
-def calibration(ids: np.ndarray, length: int, count: int, begin: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """int64 [count, length] spread evenly over a stream, and some windows from between them, each begun by `begin`.
+class Cut(NamedTuple):
+    """Windows of one text, int64 [windows, length] each, of which no two share a token."""
 
-    The latter are for wellrounded's own proof of its result; it holds out as many of that many.
+    calibration: np.ndarray
+    proof: np.ndarray  # for wellrounded's own proof of its result
+    further: np.ndarray  # for what trains on more than it calibrates on
+
+
+def calibration(ids: np.ndarray, length: int, count: int, begin: int | None = None) -> Cut:
+    """So many windows spread evenly over a stream, and others from between them, each begun by `begin`.
+
+    wellrounded holds out a tenth of its windows, at most 16.
     """
     if len(ids) < 2 * length * count:
         sys.exit(f"calibration text: {len(ids):,} tokens, {count} windows of {length} need {2 * length * count:,}")
     starts = [i * (len(ids) - length) // max(count - 1, 1) for i in range(count)]
-    between = [start + length for start in starts[: min(16, max(1, count // 9))]]
-    cut = (np.stack([ids[start : start + length] for start in chosen]) for chosen in (starts, between))
-    return tuple(begun(windows, begin) for windows in cut)  # type: ignore
+    proof = [start + length for start in starts[: min(16, max(1, count // 9))]]
+    stretches = zip(starts, [*starts[1:], len(ids)])
+    between = [place for first, stop in stretches for place in range(first + length, stop - length + 1, length)]
+    further = [place for place in between if place not in set(proof)]
+    cut = (np.stack([ids[place : place + length] for place in chosen]) for chosen in (starts, proof, further))
+    return Cut(*(begun(windows, begin) for windows in cut))
+
+
+def with_further(cut: Cut, most: int) -> np.ndarray:
+    """int64 [tokens]: a stream that wellrounded divides into those calibration windows, and `most` further ones.
+
+    What it calibrates on lies evenly in a text, what it proves its result on at its end, what is further in between.
+    """
+    count, length = cut.calibration.shape
+    each = -(-most // count)
+    further = np.resize(cut.further[np.arange(most) * len(cut.further) // most], (count, each, length))
+    woven = np.concatenate([cut.calibration[:, None], further], 1).reshape(-1, length)
+    proof = np.resize(cut.proof, (min(16, max(1, (len(woven) + 1) // 9)), length))
+    return np.concatenate([woven, woven[:1], proof]).flatten()  # one window between them belongs to neither
 
 
 def begun(windows: np.ndarray, begin: int | None) -> np.ndarray:

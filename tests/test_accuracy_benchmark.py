@@ -175,15 +175,25 @@ def test_an_interval_is_as_wide_as_windows_differ():
 # ---- texts ----
 
 
+@pytest.mark.parametrize("most", [0, 1, 256])
 @pytest.mark.parametrize("begin", [None, 1])
 @pytest.mark.parametrize("count", [3, 9, 40, 128, 200])
-def test_wellrounded_calibrates_on_the_windows_that_everybody_gets(count, begin):
-    windows, between = held_out.calibration(np.arange(3, 3 + count * 64 * 3), 64, count, begin)
-    given = np.concatenate([windows, between]).flatten().tolist()
-    found = gather([given], SimpleNamespace(bos_token_id=1), samples=count, length=64, min_tokens=1)
-    assert np.array_equal(found.windows.ids.numpy(), windows) and len(found.held_out)
-    assert {*windows.flatten()} & {*between.flatten()} == {*([] if begin is None else [begin])}
-    assert begin is None or (windows[:, 0] == begin).all()
+def test_wellrounded_calibrates_on_the_windows_that_everybody_gets(count, begin, most):
+    given = held_out.calibration(np.arange(3, 3 + count * 64 * 3), 64, count, begin)
+    stream = held_out.with_further(given, most).tolist()
+    found = gather(
+        [stream], SimpleNamespace(bos_token_id=1), samples=count, length=64, min_tokens=1, held_out=16, further=most
+    )
+    assert np.array_equal(found.windows.ids.numpy(), given.calibration)
+    assert len(found.held_out) and rows(found.held_out.ids) <= rows(given.proof)
+    assert len(found.further or ()) == most and (not most or rows(found.further.ids) <= rows(given.further))
+    every = np.concatenate([*given]).flatten()
+    own = every if begin is None else every[every != begin]
+    assert len({*own}) == len(own) and (begin is None or all((part[:, 0] == begin).all() for part in given))
+
+
+def rows(windows) -> set[tuple[int, ...]]:
+    return {tuple(np.asarray(window).tolist()) for window in windows}
 
 
 def test_windows_that_share_text_with_the_calibration_are_passed_over():
