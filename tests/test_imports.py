@@ -12,7 +12,7 @@ from wellrounded import native
 
 ROOT = Path(wellrounded.__file__).parent
 LEVELS = {
-    **dict.fromkeys(["errors", "native"], 0),
+    **dict.fromkeys(["errors", "memory", "native"], 0),
     **dict.fromkeys(["core"], 1),
     **dict.fromkeys(["formats", "kernels", "model"], 2),
     **dict.fromkeys(
@@ -27,7 +27,6 @@ LEVELS = {
             "report",
             "calibration",
             "card",
-            "memory",
             "plan",
             "solving",
             "ledger",
@@ -57,7 +56,7 @@ LEVELS = {
     **dict.fromkeys(["api", "autogptq", "benchmark", "cli", "commands", "transformers", "__init__", "__main__"], 7),
 }
 STRANGERS = {2, 4}  # rooms on these levels do not know each other either
-HOMES = {"safetensors": "nowhere", "triton": "kernels/triton*.py", "transformers": "hf/*", "peft": "hf/*",
+HOMES = {"safetensors": "nowhere", "triton": "*/triton*.py", "transformers": "hf/*", "peft": "hf/*",
          "huggingface_hub": "hf/*"}  # fmt: skip
 FILES = [str(path.relative_to(ROOT)) for path in sorted(ROOT.rglob("*.py"))]
 

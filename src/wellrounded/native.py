@@ -87,17 +87,20 @@ def on_large_pages(tensor: torch.Tensor) -> torch.Tensor:
 def search(
     weight: torch.Tensor, energy: torch.Tensor, bits: int, symmetric: bool, shares: list[float]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scales (already float16-exact) and zeros, float32 [rows, groups]: core.grid's search among these shares."""
+    """Scales (already float16-exact) and zeros, float32 [..., rows, groups]: core.grid's search among these shares.
+
+    weight is [..., rows, groups, width], energy [..., groups, width].
+    """
     core = library()
     assert core is not None and serves(weight, energy)
-    rows, groups, width = weight.shape
-    scales, zeros = weight.new_empty(rows, groups), weight.new_empty(rows, groups)
+    scales, zeros = weight.new_empty(weight.shape[:-1]), weight.new_empty(weight.shape[:-1])
     tried = (ctypes.c_float * len(shares))(*shares)
-    failed = core.wr_search(
-        weight.data_ptr(), energy.data_ptr(), rows, groups, width, bits, symmetric, tried, len(shares),
-        scales.data_ptr(), zeros.data_ptr(),
-    )  # fmt: skip
-    assert not failed, "core.grid gave it numbers that make no sense"
+    stack = (each.reshape(-1, *each.shape[-most:]) for each, most in zip((weight, energy, scales, zeros), (3, 2, 2, 2)))
+    for w, h, s, z in zip(*stack):
+        failed = core.wr_search(
+            w.data_ptr(), h.data_ptr(), *w.shape, bits, symmetric, tried, len(shares), s.data_ptr(), z.data_ptr()
+        )
+        assert not failed, "core.grid gave it numbers that make no sense"
     return scales, zeros
 
 
@@ -190,7 +193,7 @@ def attend(
 
 
 def sweep(
-    weight: torch.Tensor,
+    weights: torch.Tensor,
     target: torch.Tensor,
     feedback: torch.Tensor,
     scales: torch.Tensor,
@@ -198,16 +201,18 @@ def sweep(
     most: int,
     steps: torch.Tensor,
 ) -> torch.Tensor:
-    """One panel of core.gptq's sweep: writes `steps`, uses up `target`, returns the errors; all [columns, outputs]."""
+    """core.rounding.sweep_panel, member by member: all [members, columns, out]."""
     core = library()
-    assert core is not None and serves(weight, target, scales, low, steps)
-    columns, outputs = weight.shape
-    errors, feedback = weight.new_empty(columns, outputs), feedback.contiguous()
-    failed = core.wr_sweep(
-        weight.data_ptr(), target.data_ptr(), feedback.data_ptr(), feedback.stride(0), scales.data_ptr(),
-        low.data_ptr(), most, steps.data_ptr(), errors.data_ptr(), columns, outputs,
-    )  # fmt: skip
-    assert not failed, "core.gptq gave it numbers that make no sense"
+    assert core is not None
+    _, columns, outputs = weights.shape
+    errors, feedback = weights.new_empty(weights.shape), feedback.contiguous()
+    for w, t, f, s, lowest, q, e in zip(weights, target, feedback, scales, low, steps, errors):
+        assert serves(w, t, f, s, lowest, q, e)
+        failed = core.wr_sweep(
+            w.data_ptr(), t.data_ptr(), f.data_ptr(), f.stride(0), s.data_ptr(), lowest.data_ptr(), most,
+            q.data_ptr(), e.data_ptr(), columns, outputs,
+        )  # fmt: skip
+        assert not failed, "core.gptq gave it numbers that make no sense"
     return errors
 
 

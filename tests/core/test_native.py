@@ -78,9 +78,10 @@ def test_a_panel_is_rounded_as_the_definition_rounds_it(columns, outputs):
     low = torch.full((columns, outputs), -8.0)
     steps = [torch.empty_like(weight) for _ in range(2)]
     for stored in (feedback, feedback.T.contiguous().T):  # a factor may lie in memory either way
-        mine = native.sweep(weight, weight.clone(), stored, scales, low, 15, steps[0])
-        stacks = (each[None] for each in (weight, weight.clone(), feedback, scales, low))
-        (theirs,) = rounding.sweep_panel(*stacks, 15, steps[1][None])
+        (mine,), (theirs,) = (
+            sweep(*(each[None] for each in (weight, weight.clone(), stored, scales, low)), 15, found[None])
+            for sweep, found in zip((native.sweep, rounding.sweep_panel), steps)
+        )
         # A fused multiply-add may move a target across the middle between two steps, and all that follow it a little.
         assert (steps[0] == steps[1]).float().mean() > 0.999
         alike = (steps[0] == steps[1]).all(0)

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 
 import torch
 
-from .. import native
 from ..errors import NumericsError
+from .engines import engine
 from .scheme import Scheme
 
 ROWS = 192  # rows searched at a time, so that the working set stays in cache
@@ -39,13 +39,10 @@ def search(
     width = scheme.columns_per_group(weight.shape[-1])
     grouped, energy = _group(weight, importance, width)
     grouped, energy = grouped.contiguous(), energy.contiguous()
-    if candidates > 1 and native.serves(grouped, energy):
-        members = zip(grouped.reshape(-1, *grouped.shape[-3:]), energy.reshape(-1, *energy.shape[-2:]))
-        shares = _shares(scheme, candidates)
-        found = zip(*(native.search(w, h, scheme.bits, scheme.symmetric, shares) for w, h in members))
-        scales, zeros = (torch.stack(each).reshape(grouped.shape[:-1]) for each in found)
-    else:
-        scales, zeros = search_rows(grouped, energy, scheme, candidates)
+    found, runs = None, engine(grouped, energy) if candidates > 1 else None
+    if runs is not None:
+        found = runs.search(grouped, energy, scheme.bits, scheme.symmetric, _shares(scheme, candidates))
+    scales, zeros = found or search_rows(grouped, energy, scheme, candidates)
     if scales.abs().max() > LARGEST:
         raise NumericsError(f"a group needs the scale {scales.abs().max():g}, beyond float16 (65504)")
     return scales.half(), zeros.to(torch.uint8)
@@ -79,7 +76,7 @@ def search_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Scales (already float16-exact) and zeros, float32 [..., rows, groups], for weights [..., rows, groups, width].
 
-    The definition, and what is used where the native core is not: on GPUs, say.
+    The definition, and what is used where no engine is.
     """
     energy = energy.unsqueeze(-3)  # the same for all rows
     parts = [_search_slice(part, energy, scheme, candidates) for part in weight.split(ROWS, dim=-3)]

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from .. import native
 from ..errors import NumericsError
+from .engines import added_gram
 
 TILE = 768  # columns per tile of the upper triangle: wide enough for a matmul to run at full speed
 MIRROR = 256  # the side of a square that is turned over in cache
@@ -54,7 +54,7 @@ class Hessian:
             rows = rows[mask.reshape(-1).to(rows.device)]
         self.tokens += rows.shape[0]
         self._symmetric = False
-        if not native.add_gram(rows, self._upper):
+        if not added_gram(rows, self._upper):
             self.add_rows(rows)
 
     def add_rows(self, rows: torch.Tensor) -> None:

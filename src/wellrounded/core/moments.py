@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from .. import native
+from .engines import added_product
 from .hessian import Hessian, exact_products
 from .means import Means
 
 
 def add_product(left: torch.Tensor, right: torch.Tensor, total: torch.Tensor) -> None:
     """total float32 [m, n] += left^T right, of rows [tokens, m] and [tokens, n] of any dtype, summed in float32."""
-    if not native.add_product(left, right, total):
+    if not added_product(left, right, total):
         with exact_products(right):
             total.addmm_(left.float().T, right.float())
 

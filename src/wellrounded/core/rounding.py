@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 
 from .. import native
+from .engines import engine
 from .scheme import Scheme
 
 STRIP = 2**22  # values that `refit` takes at a time of the Hessian, or of a group that is as wide as the layer: 16 MB
@@ -36,7 +37,8 @@ def sweep(
     target, member = weights.clone(), members_of(weights)
     steps = torch.empty_like(weights)
     scales, low = scales.to(weights.dtype), -zeros.to(weights.dtype)
-    round_panel = _native_panel if native.serves(weights, target, steps) else sweep_panel
+    runs = engine(weights, target, steps)
+    round_panel = runs.sweep if runs else sweep_panel
     for start in range(0, weights.shape[1], panel):
         mine, rest = slice(start, start + panel), slice(start + panel, None)
         grids = (scales[member, groups[:, mine]], low[member, groups[:, mine]])
@@ -64,20 +66,6 @@ def sweep_panel(
         torch.addcmul(weights[:, j], steps[:, j], scales[:, j], value=-1, out=errors[:, j])
         target[:, j + 1 :].addcmul_(feedback[:, j, j + 1 :, None], errors[:, j, None])
     return errors
-
-
-def _native_panel(
-    weights: torch.Tensor,
-    target: torch.Tensor,
-    feedback: torch.Tensor,
-    scales: torch.Tensor,
-    low: torch.Tensor,
-    most: int,
-    steps: torch.Tensor,
-) -> torch.Tensor:
-    """The same by the native core, member by member."""
-    members = zip(weights, target, feedback, scales, low, steps)
-    return torch.stack([native.sweep(w, t, f, s, lowest, most, q) for w, t, f, s, lowest, q in members])
 
 
 def refit(

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ..errors import NumericsError
+from ..memory import give_back
 from .blocks import find_blocks, shape_of
 from .blocks import towers as find_towers
 from .calls import carried_in, hidden_of_output, same, with_own_boxes
@@ -76,6 +77,7 @@ class BlockWalk:
             yield block
         finally:
             release(block)
+            give_back()  # its holes, which the next one would fill only in part
 
     @contextmanager
     def outside(self) -> Iterator[None]:
