@@ -31,12 +31,12 @@ def test_they_compile_for_gpus_that_are_not_here(generation, dtype, bits, tmp_pa
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     tensors = {"x": dtype, "y": dtype, "dense": dtype, "words": "i32", "scales": "fp16", "zeros": "u8", "order": "i32"}
     tensors |= {"parts": "fp32", "counters": "i32"}
-    constants = {"BITS": bits, "CHUNK": 2, "PER_GROUP": 1, "MIDDLE": -1, "ORDERED": True, "ROWS": 16, "OUTPUTS": 64}
-    constants |= {"SHARES": 4, "STEPS": 8, "WIDE": False}
-    for program in (programs.few_rows, programs.restore):
+    constants = {"BITS": bits, "CHUNK": 2, "MIDDLE": -1, "ORDERED": True, "ROWS": 16, "OUTPUTS": 64, "SPLIT": 2}
+    constants |= {"WIDE": False}
+    for program in (programs.packed, programs.restore):
         own = {name: value for name, value in constants.items() if name in program.arg_names}
         kinds = {name: f"*{tensors[name]}" if name in tensors else "i32" for name in program.arg_names}
         kinds |= dict.fromkeys(own, "constexpr")
         made = triton.compile(ASTSource(program, kinds, constexprs=own), target=GPUTarget("cuda", generation, 32))
-        wants = program is programs.few_rows and generation >= 80  # triton has no tensor cores of Turing any more
+        wants = program is programs.packed and generation >= 80  # triton has no tensor cores of Turing any more
         assert made.asm["cubin"] and ("mma" in made.asm["ptx"]) == wants

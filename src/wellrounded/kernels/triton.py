@@ -2,8 +2,12 @@
 
 Up to 64 rows one kernel reads the packed words once. Where there are too few outputs for all processors, several
 programs share the columns of an output, and the last of them adds up, always in the same order. For more rows the
-weight is restored once, in the dtype of the input, and multiplied by torch. Codes minus zeros are whole numbers below
-256, exact in bfloat16 and float16; their products are summed in float32 within a group, and scaled once per group.
+weight is either read once per 64 of them, or restored once, in the dtype of the input, and multiplied by torch: up to
+1024 rows what is faster is measured. Codes minus zeros are whole numbers below 256, exact in bfloat16 and in float16;
+their products are summed in float32 within a group, and scaled once per group.
+
+What is measured on a device is measured once: the shape of a program by triton, which keeps that in its own cache, and
+where restoring becomes faster in ~/.cache/wellrounded. While a CUDA graph is captured, nothing is measured.
 
 Layout: columns in blocks of 32, each in as many words as a code has bits, outputs side by side. A word of a block holds
 32 / bits codes, the first in the lowest bits; of 3 bits, two words hold the lower two of each code, one the highest.
@@ -12,9 +16,12 @@ Where groups are not whole blocks, or columns are in another order, columns are 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +36,9 @@ if TYPE_CHECKING:
 NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 32  # columns
-FEW_ROWS = 64  # beyond, restoring the weight for a dense product is faster
-OUTPUTS = 64  # of a program
+FEW_ROWS = 64  # of a program; more read the weight again
+MANY_ROWS = 1024  # from here on, restoring the weight for a dense product is faster
+OUTPUTS = 64  # of a program that restores
 PROGRAMS = 264  # that a GPU is to have at least: two for each of the processors of a large one
 Prepared = list[torch.Tensor]
 
@@ -53,7 +61,7 @@ def prepare(weight: QuantizedWeight, need: Need) -> Prepared:
     """
     codes, order = _blocked(weight)
     bits = weight.scheme.bits
-    blocks = codes.T.contiguous().view(-1, BLOCK, len(codes)).int()
+    blocks = codes.T.contiguous().view(-1, BLOCK, len(codes))
     words = torch.cat([_packed(blocks & 3, 2), _packed(blocks >> 2, 1)], 1) if bits == 3 else _packed(blocks, bits)
     middle = bool((weight.zeros == weight.scheme.midpoint).all())
     zeros = weight.zeros.new_empty(0) if middle else weight.zeros.T.contiguous()
@@ -65,24 +73,41 @@ def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> t
     rows = x.numel() // x.shape[-1]
     if not rows or x.dtype not in DTYPES:
         return F.linear(x, dense(x.dtype))
-    if rows > FEW_ROWS:
-        return F.linear(x, restored(prepared, x.shape[-1], x.dtype))
-    words, scales, zeros, order = prepared
-    blocks, bits, outputs = words.shape
     flat = x.reshape(rows, x.shape[-1]).contiguous()
-    y = flat.new_empty(rows, outputs)
-    tall = 16 if rows <= 16 else 32 if rows <= 32 else 64
-    whole = blocks // scales.shape[0]  # blocks of a group
+    if rows <= FEW_ROWS or _reads_faster(flat, prepared):
+        return _read(flat, prepared).view(*x.shape[:-1], -1)
+    return F.linear(x, restored(prepared, x.shape[-1], x.dtype))
+
+
+def _read(x: torch.Tensor, prepared: Sequence[torch.Tensor], tunes: bool = True) -> torch.Tensor:
+    """The product of [rows, in], from packed words, by the programs that are fastest where `tunes`."""
+    words, scales, zeros, order = prepared
+    (rows, columns), (blocks, bits, outputs) = x.shape, words.shape
+    y = x.new_empty(rows, outputs)
+    tall = 16 if rows <= 16 else 32 if rows <= 32 else FEW_ROWS
+    towers, whole = -(-rows // tall), blocks // scales.shape[0]  # the latter of a group
     chunk = max(n for n in (1, 2, 4) if whole % n == 0)
-    shares = _shares(outputs, blocks // chunk)
-    parts, counters = _workspace(x.device, shares, rows, outputs)
-    _programs().few_rows[(-(-outputs // OUTPUTS), shares)](
-        flat, words, scales, zeros, order, y, parts, counters, rows, x.shape[-1], outputs, blocks // chunk,
-        BITS=bits, CHUNK=chunk, PER_GROUP=whole // chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1,
-        ORDERED=order.numel() > 0, ROWS=tall, OUTPUTS=OUTPUTS, SHARES=shares, STEPS=-(-(blocks // chunk) // shares),
-        WIDE=_interpreted() and x.dtype == torch.bfloat16,
+    programs, ordered = _programs(), order.numel() > 0
+
+    def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
+        wide = -(-outputs // meta["OUTPUTS"])
+        return wide, _shares(wide * towers, blocks // chunk, meta["SPLIT"]), towers
+
+    kinds = [config.kwargs for config in programs.CONFIGS]
+    shares = max(grid(kind)[1] for kind in kinds)
+    counted = max(grid(kind)[0] for kind in kinds) * towers
+    parts, counters = _workspace(x.device, shares * rows * outputs if shares > 1 else 0, counted)
+    key = (x.device, x.dtype, columns, outputs, bits, tall, ordered)
+    tunes = tunes and not _interpreted() and (key in _tuned or not _capturing(x.device))
+    if tunes:
+        _tuned.add(key)
+    program, kind = (programs.tuned, {}) if tunes else (programs.packed, kinds[0])
+    program[grid](
+        x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, blocks // chunk, whole // chunk,
+        BITS=bits, CHUNK=chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=ordered, ROWS=tall,
+        WIDE=_interpreted() and x.dtype == torch.bfloat16, **kind,
     )  # fmt: skip
-    return y.view(*x.shape[:-1], outputs)
+    return y
 
 
 def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
@@ -91,11 +116,51 @@ def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype)
     blocks, bits, outputs = words.shape
     dense = torch.empty(outputs, columns, dtype=dtype, device=words.device)
     _programs().restore[(-(-outputs // OUTPUTS), blocks)](
-        words, scales, zeros, order, dense, outputs, columns,
-        BITS=bits, PER_GROUP=blocks // scales.shape[0], MIDDLE=1 << (bits - 1) if not zeros.numel() else -1,
-        ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
+        words, scales, zeros, order, dense, outputs, columns, blocks // scales.shape[0],
+        BITS=bits, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
     )  # fmt: skip
     return dense
+
+
+# ---- what is faster ----
+
+_tuned: set[Any] = set()  # what `_read` has been tuned for, in this process
+_known: dict[str, bool] = {}  # what `_reads_faster` has found, on this machine
+
+
+def _reads_faster(x: torch.Tensor, prepared: Sequence[torch.Tensor]) -> bool:
+    """Whether so many rows are multiplied faster from packed words than by restoring the weight."""
+    if len(x) > MANY_ROWS or _interpreted():
+        return False
+    words, order = prepared[0], prepared[3]
+    shape = "x".join(map(str, (1 << (len(x) - 1).bit_length(), *x.shape[1:], words.shape[2])))
+    name = torch.cuda.get_device_name(x.device)
+    key = f"{name}, {_programs().triton.__version__}, {x.dtype}, {words.shape[1]} bits, {shape}, {order.numel() > 0}"
+    if not _known:
+        with suppress(
+            OSError, ValueError, TypeError
+        ):  # nothing yet, or nothing that can be read: then it is measured again
+            _known.update(json.loads(_kept().read_text()))
+    if key not in _known:
+        if _capturing(x.device):
+            return False
+        bench = _programs().triton.testing.do_bench
+        reading = bench(lambda: _read(x, prepared))
+        _known[key] = reading < bench(lambda: F.linear(x, restored(prepared, x.shape[1], x.dtype)))
+        with suppress(OSError):  # then the next process measures it again
+            _kept().parent.mkdir(parents=True, exist_ok=True)
+            new = _kept().with_suffix(f".{os.getpid()}")
+            new.write_text(json.dumps(_known, indent=1))
+            new.replace(_kept())
+    return _known[key]
+
+
+def _kept() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "wellrounded" / "triton.json"
+
+
+def _capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 @cache
@@ -127,30 +192,32 @@ def _blocked(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _packed(blocks: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [blocks, bits, out] of codes int32 [blocks, 32, out]."""
+    """int32 [blocks, bits, out] of codes uint8 [blocks, 32, out]."""
     per = 32 // bits
-    shifts = (torch.arange(per, device=blocks.device) * bits).view(1, 1, -1, 1)
-    words = (blocks.view(len(blocks), bits, per, -1).long() << shifts).sum(2)
-    return torch.where(words >= 2**31, words - 2**32, words).int()
+    codes = blocks.view(len(blocks), bits, per, -1)
+    words = codes[:, :, 0].int()
+    for place in range(1, per):
+        words |= codes[:, :, place].int() << (place * bits)
+    return words
 
 
-def _shares(outputs: int, steps: int) -> int:
-    """Among how many programs the columns of an output are divided."""
-    programs = -(-outputs // OUTPUTS)
-    return max(1, min(-(-PROGRAMS // programs), steps // 4, 16))
+def _shares(programs: int, steps: int, split: int) -> int:
+    """Among how many programs the columns of an output are divided, where there are so many programs otherwise."""
+    return max(1, min(-(-PROGRAMS * split // (2 * programs)), steps // 4, 16))
 
 
 _counters: dict[Any, torch.Tensor] = {}  # by device and stream: zero before every product, and again after it
 
 
-def _workspace(device: torch.device, shares: int, rows: int, outputs: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where programs put parts of sums, float32 [shares, rows, out], and count how many are done, int32."""
+def _workspace(device: torch.device, size: int, counted: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where programs put parts of sums, float32, and so many counters of how many are done, int32."""
     key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    needed = -(-outputs // OUTPUTS)
-    if key not in _counters or len(_counters[key]) < needed:
-        _counters[key] = torch.zeros(max(needed, 4096), dtype=torch.int32, device=device)
-    size = shares * rows * outputs if shares > 1 else 0
-    return torch.empty(size, dtype=torch.float32, device=device), _counters[key]
+    counters = _counters.get(key)
+    if counters is None or len(counters) < counted:
+        counters = torch.zeros(max(counted, 4096), dtype=torch.int32, device=device)
+        if not _capturing(device):  # else they are the graph's own, zeroed whenever it runs
+            _counters[key] = counters
+    return torch.empty(size, dtype=torch.float32, device=device), counters
 
 
 def _interpreted() -> bool:
@@ -172,13 +239,11 @@ def _wrong(bits: int, dtype: torch.dtype, device: str) -> str | None:
     x = torch.randn(FEW_ROWS + 1, 64, generator=random).to(device, dtype)
     try:
         prepared = prepare(weight, None)  # type: ignore[arg-type]  # which asks nothing of the need
-        for rows in (1, len(x)):
-            expected = x[:rows].float() @ weight.dequantize().T
-            error = (matmul(x[:rows], prepared, weight.dequantize).float() - expected).norm() / expected.norm()
+        expected = x.float() @ weight.dequantize().T
+        for found in (_read(x, prepared, tunes=False), F.linear(x, restored(prepared, 64, dtype))):
+            error = (found.float() - expected).norm() / expected.norm()
             if not error < 0.02:
-                return (
-                    f"it computes something else on this {device}: {float(error):.3g} off in a product of {rows} rows"
-                )
+                return f"it computes something else on this {device}: a product is {float(error):.3g} off"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"it does not run on this {device} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
     return None

@@ -29,57 +29,68 @@ def _steps(words, zeros, block, group, outputs, n, here, BITS: tl.constexpr, CHU
 
 
 @triton.jit
-def few_rows(
-    x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, chunks,
-    BITS: tl.constexpr, CHUNK: tl.constexpr, PER_GROUP: tl.constexpr, MIDDLE: tl.constexpr, ORDERED: tl.constexpr,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, SHARES: tl.constexpr, STEPS: tl.constexpr, WIDE: tl.constexpr,
+def packed(
+    x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, chunks, per_group,
+    BITS: tl.constexpr, CHUNK: tl.constexpr, MIDDLE: tl.constexpr, ORDERED: tl.constexpr, ROWS: tl.constexpr,
+    WIDE: tl.constexpr, OUTPUTS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
-    """y [rows, out] = x [rows, in] W^T, of OUTPUTS outputs and STEPS chunks of CHUNK blocks of columns each.
+    """y [rows, out] = x [rows, in] W^T: ROWS rows, OUTPUTS outputs and an equal share of the chunks of CHUNK blocks.
 
-    WIDE multiplies in float32: the interpreter takes bfloat16 for whole numbers there.
+    WIDE multiplies in float32: the interpreter takes bfloat16 for whole numbers there. SPLIT is the caller's, for the
+    grid: into how many shares columns are divided is the length of its second axis.
     """
-    m, n = tl.arange(0, ROWS), tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
-    share, here = tl.program_id(1), n < outputs
+    m = tl.program_id(2) * ROWS + tl.arange(0, ROWS)
+    n = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS)
+    share, shares, here = tl.program_id(1), tl.num_programs(1), n < outputs
+    steps = (chunks + shares - 1) // shares
     sums = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-    for step in range(STEPS):
-        chunk = share * STEPS + step
-        group = chunk // PER_GROUP
+    for chunk in range(share * steps, min(share * steps + steps, chunks)):  # the last share may have less to do
+        group = chunk // per_group
         k = chunk * CHUNK * 32 + tl.arange(0, CHUNK * 32)
-        inside = k < chunks * CHUNK * 32  # the last share may have less to do
+        read = m[:, None] < rows
         if ORDERED:
-            k = tl.load(order + k, mask=inside, other=-1)
-        read = (m[:, None] < rows) & inside[None, :] & (k[None, :] >= 0)
+            k = tl.load(order + k)
+            read = read & (k[None, :] >= 0)
         values = tl.load(x + m[:, None] * columns + k[None, :], mask=read, other=0.0)
-        some = n < tl.where(chunk < chunks, outputs, 0)
-        steps = _steps(words, zeros, chunk * CHUNK, group, outputs, n, some, BITS, CHUNK, MIDDLE)
-        scale = tl.load(scales + group * outputs + n, mask=some, other=0.0).to(tl.float32)
+        codes = _steps(words, zeros, chunk * CHUNK, group, outputs, n, here, BITS, CHUNK, MIDDLE)
+        scale = tl.load(scales + group * outputs + n, mask=here, other=0.0).to(tl.float32)
         if WIDE:
             values = values.to(tl.float32)
-        sums += tl.dot(values, steps.to(values.dtype), out_dtype=tl.float32) * scale[None, :]
+        sums += tl.dot(values, codes.to(values.dtype), out_dtype=tl.float32) * scale[None, :]
     there = (m[:, None] < rows) & here[None, :]
     place = m[:, None] * outputs + n[None, :]
-    if SHARES == 1:
+    if shares == 1:
         tl.store(y + place, sums.to(y.dtype.element_ty), mask=there)
     else:
         tl.store(parts + share * rows * outputs + place, sums, mask=there)
         tl.debug_barrier()  # all of this program's part is there before it says so
-        done = tl.atomic_add(counters + tl.program_id(0), 1, sem="acq_rel")
-        if done == SHARES - 1:
+        counter = counters + tl.program_id(2) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == shares - 1:
             total = tl.zeros((ROWS, OUTPUTS), dtype=tl.float32)
-            for one in range(SHARES):
+            for one in range(shares):
                 total += tl.load(parts + one * rows * outputs + place, mask=there, other=0.0)
             tl.store(y + place, total.to(y.dtype.element_ty), mask=there)
-            tl.store(counters + tl.program_id(0), 0)
+            tl.store(counter, 0)
+
+
+# What is tried on a device, once for each kind of layer, and remembered in triton's own cache on disk.
+CONFIGS = [
+    triton.Config({"OUTPUTS": outputs, "SPLIT": split}, num_warps=warps, num_stages=stages)
+    for outputs, split, warps, stages in (
+        (64, 2, 4, 3), (32, 2, 2, 3), (32, 4, 4, 3), (64, 1, 4, 4), (64, 4, 4, 4), (128, 2, 4, 3), (128, 1, 8, 3),
+    )
+]  # fmt: skip
+tuned = triton.autotune(CONFIGS, key=["columns", "outputs", "BITS", "ROWS", "ORDERED"], cache_results=True)(packed)
 
 
 @triton.jit
 def restore(
     words, scales, zeros, order, dense, outputs, columns,
-    BITS: tl.constexpr, PER_GROUP: tl.constexpr, MIDDLE: tl.constexpr, ORDERED: tl.constexpr, OUTPUTS: tl.constexpr,
+    per_group, BITS: tl.constexpr, MIDDLE: tl.constexpr, ORDERED: tl.constexpr, OUTPUTS: tl.constexpr,
 ):  # fmt: skip
     """dense [out, in] = s (c - z), one block of columns of OUTPUTS outputs."""
     n, block = tl.program_id(0) * OUTPUTS + tl.arange(0, OUTPUTS), tl.program_id(1)
-    here, group = n < outputs, block // PER_GROUP
+    here, group = n < outputs, block // per_group
     k = block * 32 + tl.arange(0, 32)
     if ORDERED:
         k = tl.load(order + k)
