@@ -99,9 +99,7 @@ def test_other_dtypes_are_left_to_the_caller():
     assert not triton.add_gram(torch.ones(3, 4).half(), torch.zeros(4, 4).double())
 
 
-@pytest.mark.parametrize(
-    "scheme", [Scheme(3, 32, symmetric=False), Scheme(4, 32, act_order=True)], ids=str
-)
+@pytest.mark.parametrize("scheme", [Scheme(3, 32, symmetric=False), Scheme(4, 32, act_order=True)], ids=str)
 def test_layers_are_solved_as_well_as_without_them(scheme, monkeypatch):
     """A stack of two with Hessians of their own, by these programs alone, and by torch alone."""
     rows = random(2, 300, 96) @ random(96, 96, seed=1) * 0.1
