@@ -266,7 +266,8 @@ class Forecaster:
         disk = output + min(output, 4 * 2**30) + spilled + trained
         cuda = self.device.startswith("cuda")
         codes = self.codes if self.training else 0
-        host = self.base + OVERHEAD + self.outside + max(codes, *(b.bytes for b in self.blocks)) if cuda else peak
+        ahead = 2 * max(block.bytes for block in self.blocks)  # one that is read while another is computed with
+        host = self.base + OVERHEAD + self.outside + max(codes, ahead) if cuda else peak
         seconds = self._seconds(room, rates)
         vram = peak if cuda else 0
         return Forecast(room, int(host), int(vram), output, int(disk), seconds, phases, len(self.blocks), self.device)

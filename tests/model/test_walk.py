@@ -1,5 +1,7 @@
 """The walk gives exactly what the model gives, with one block in memory at a time."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -9,7 +11,7 @@ import tiny_configs
 from wellrounded.errors import CheckpointError, NumericsError, UsageError
 from wellrounded.model.stream import SpillFile
 from wellrounded.model.walk import BlockWalk
-from wellrounded.model.weights import materialize, meta_copy
+from wellrounded.model.weights import Ahead, materialize, meta_copy
 
 TOKENS = tiny.ids(4, seed=7)
 PADDED = torch.ones_like(TOKENS, dtype=torch.bool)
@@ -300,3 +302,58 @@ def test_a_weight_that_is_no_number_is_named():
         model.model.layers[1].mlp.down_proj.weight[0, 0] = float("nan")
     with pytest.raises(NumericsError, match=r"^model\.layers\.1\.mlp\.down_proj\.weight: .* NaN or Inf"):
         walked(walk_of(model))
+
+
+# ---- reading ahead ----
+
+
+class Slow:
+    """A source that notes which thread reads what."""
+
+    def __init__(self, tensors, broken=""):
+        self.tensors, self.broken, self.by = tensors, broken, {}
+
+    def __call__(self, name):
+        self.by.setdefault(name, []).append(threading.current_thread())
+        if name == self.broken:
+            raise CheckpointError(f"{name} cannot be read")
+        return self.tensors.get(name)
+
+
+def ahead_of(model, **about) -> tuple[BlockWalk, Slow]:
+    source = Slow(model.state_dict(), **about)
+    walk = BlockWalk(meta_copy(model, torch.float32), source)
+    walk._read = Ahead(source)  # as on a GPU
+    return walk, source
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "mixtral"])
+def test_blocks_that_are_read_ahead_are_the_same(kind):
+    model = tiny.build(kind)
+    walk, source = ahead_of(model)
+    assert torch.equal(walked(walk), expected(model))
+    first, *others = walk.names
+    for name, threads in source.by.items():
+        if name.startswith(tuple(f"{other}." for other in others)):
+            assert threads[0] is not threading.main_thread() and len(threads) == 1, name
+        elif name.startswith(f"{first}."):
+            assert threads[0] is threading.main_thread()
+    assert len(walk.names) > 1
+
+
+def test_what_cannot_be_read_ahead_fails_at_its_own_block():
+    model = tiny.build("llama")
+    broken = f"{walk_of(model).names[1]}.mlp.up_proj.weight"
+    walk, _ = ahead_of(model, broken=broken)
+    seen = []
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        seen.extend(index for index, _, _ in walk)
+    assert seen == [0]
+
+
+def test_a_loop_that_ends_early_leaves_nothing_for_the_next_one():
+    model = tiny.build("llama")
+    walk, _ = ahead_of(model)
+    next(iter(walk))
+    walk._read.announce(["no such tensor", f"{walk.names[0]}.mlp.up_proj.weight"])
+    assert torch.equal(walked(walk), expected(model))

@@ -6,6 +6,7 @@ are made here when they are read, one at a time, by transformers' own conversion
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from copy import deepcopy
@@ -157,6 +158,7 @@ class Stored:
         self._conversions: dict[str, _Conversion] = {}  # the model's tensor, fused ones included -> how it is made
         self._pieces = dict(_pieces(model))
         self._held: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._lock = threading.Lock()  # of what is held: a block may be read while another is computed with
         whole: dict[str, list[str]] = {}
         for name, (origin, _) in self._pieces.items():
             whole.setdefault(origin, []).append(name)
@@ -216,6 +218,10 @@ class Stored:
         return self._whole(name)
 
     def _whole(self, name: str) -> torch.Tensor | None:
+        with self._lock:
+            return self._found(name)
+
+    def _found(self, name: str) -> torch.Tensor | None:
         if name in self._held:
             return self._held[name]
         if name in self._direct:

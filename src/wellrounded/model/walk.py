@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from .inputs import HERE, Bank, Siblings
 from .originals import Originals, Twin
 from .siblings import Batch, anew, observe, staged
 from .stream import SpillFile, Stream
-from .weights import Read, materialize, put, release
+from .weights import Ahead, Read, materialize, put, release
 
 
 class _Stop(Exception):  # noqa: N818  # a signal, not an error
@@ -40,7 +41,8 @@ class BlockWalk:
     """
 
     def __init__(self, model: nn.Module, read: Read, device: torch.device | str = "cpu", towers: bool = True) -> None:
-        self.model, self._read, self.device = model, read, torch.device(device)
+        self.model, self.device = model, torch.device(device)
+        self._read: Read = Ahead(read) if self.device.type == "cuda" else read  # a CPU has other things to do
         self._settled: dict[str, torch.Tensor] = {}  # what has become of tensors of the source
         self.names = find_blocks(model)
         self.blocks = [model.get_submodule(name) for name in self.names]
@@ -66,7 +68,14 @@ class BlockWalk:
         """(index, name, block), the block with its weights; they are dropped when the loop moves on."""
         for index, name in enumerate(self.names):
             with self.at(index) as block:
+                if isinstance(self._read, Ahead):
+                    self._read.announce(self._stored(index + 1))
                 yield index, name, block
+
+    def _stored(self, index: int) -> list[str]:
+        """What is to be read for a block, if there is one of this number."""
+        found = zip(self.names[index:], self.blocks[index:])
+        return [f"{name}.{leaf}" for name, block in islice(found, 1) for leaf, _ in block.named_parameters()]
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:

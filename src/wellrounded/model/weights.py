@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -12,8 +13,6 @@ from torch import nn
 from ..errors import CheckpointError, NumericsError
 
 Read = Callable[[str], "torch.Tensor | None"]  # a tensor of the source by its name in the model; None if it has none
-
-
 Change = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -25,6 +24,32 @@ def changed(read: Read, changes: Mapping[str, Change]) -> Read:
         return changes[name](value) if value is not None and name in changes else value
 
     return other
+
+
+class Ahead:
+    """The same tensors, those that are announced read by a thread of its own: the next block's, while a GPU computes.
+
+    They lie in pinned memory then, from where a GPU fetches them itself. `read` may be called by both threads at once;
+    what cannot be read fails where it is asked for.
+    """
+
+    def __init__(self, read: Read) -> None:
+        self._read, self._coming = read, dict[str, Future]()
+        self._pool = ThreadPoolExecutor(1, "read ahead")
+
+    def announce(self, names: Iterable[str]) -> None:
+        """These will be asked for soon, once each; what was announced before and never asked for is forgotten."""
+        for future in self._coming.values():
+            future.cancel()
+        self._coming = {name: self._pool.submit(self._pinned, name) for name in names}
+
+    def __call__(self, name: str) -> torch.Tensor | None:
+        coming = self._coming.pop(name, None)
+        return self._read(name) if coming is None else coming.result()
+
+    def _pinned(self, name: str) -> torch.Tensor | None:
+        value = self._read(name)
+        return value if value is None or not torch.cuda.is_available() else value.pin_memory()
 
 
 def materialize(
@@ -60,9 +85,10 @@ def materialize(
             if value.shape != parameter.shape:
                 needs, has = tuple(parameter.shape), tuple(value.shape)
                 raise CheckpointError(f"{names[0]}: the model needs shape {needs}, the source has {has}")
+            value = value.to(device, non_blocking=True)  # which waits unless the memory is pinned
             if not all(bool(torch.isfinite(part).all()) for part in value.reshape(-1).split(2**24)):
                 raise NumericsError(f"{names[0]}: the source's tensor holds NaN or Inf; download the model again")
-            made[id(parameter)] = nn.Parameter(value.to(device, parameter.dtype), requires_grad=False)
+            made[id(parameter)] = nn.Parameter(value.to(parameter.dtype), requires_grad=False)
         owner._parameters[attr] = made[id(parameter)]
 
 
