@@ -262,4 +262,4 @@ class Blockwise:
         """What follows sees the quantized weight, rounded to the dtype that the model computes in."""
         layer = self.walk.model.get_submodule(name)
         dense = layers_of.oriented(layer, quantized.dequantize(layer.weight.dtype))
-        layer.weight = nn.Parameter(dense.contiguous(), requires_grad=False)
+        layer.weight = nn.Parameter(dense.to(layer.weight.device).contiguous(), requires_grad=False)  # from a part, too

@@ -27,6 +27,7 @@ def test_a_cpu_has_the_native_core_or_torch():
     x = torch.zeros(4, 4)
     assert not programs.serves(x) and engines.engine(x) is (native if native.serves(x) else None)
     assert engines.engine(x.double()) is None
+    assert engines.named("cpu") == ("native" if native.serves(x) else "torch")
 
 
 PROGRAMS = {

@@ -4,9 +4,12 @@ import pytest
 import torch
 from test_kernels import assert_is_product, inputs, make, need_of
 
+import pretend
 from wellrounded.core.scheme import Scheme
+from wellrounded.formats import gptq as gptq_format
 from wellrounded.kernels import Need
 from wellrounded.kernels import triton as kernel
+from wellrounded.nn import QuantLinear
 
 SCHEMES = [
     *(Scheme(bits, group) for bits in (2, 3, 4, 8) for group in (32, 128, -1)),
@@ -180,3 +183,21 @@ def test_a_device_on_which_it_does_not_run_is_noticed(monkeypatch):
     monkeypatch.setattr(kernel, "_programs", Programs)
     assert "does not run on this cpu (RuntimeError: no such device)" in kernel.refuses(need())
     kernel._wrong.cache_clear()
+
+
+@pytest.mark.parametrize("scheme", [Scheme(4, 32), Scheme(3, 64, act_order=True)], ids=str)
+def test_a_layer_that_moves_to_a_gpu_is_served(scheme):
+    """On one that is pretended: nothing that is multiplied with lies elsewhere."""
+    weight = make(scheme, rows=64, columns=192)
+    layer = QuantLinear(192, 64, scheme, "gptq_v2", True, "a layer", dtype=torch.float16)
+    bias = inputs(64, dtype=torch.float16)
+    layer.load_state_dict(gptq_format.to_tensors(weight, "gptq_v2") | {"bias": bias})
+    x = inputs(3, 192, dtype=torch.float16)
+    with pretend.gpu():
+        layer.to("cuda")
+        y = layer(x.to("cuda"))
+        assert y.is_cuda and layer.kernel == "triton"
+        with pytest.raises(RuntimeError, match="device"):
+            layer(x)
+        assert_is_product(y.cpu() - bias, x, weight)
+        assert not layer.to("cpu")(x).is_cuda

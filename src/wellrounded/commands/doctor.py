@@ -28,6 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from .. import kernels, native
+    from ..core import engines
     from ..core.scheme import Scheme
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -43,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         "native": native.missing() or native.levels()[-1],
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "solver": engines.named(device),
     }
     if args.json:
         print_json(

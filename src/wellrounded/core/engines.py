@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from types import ModuleType
-from typing import TYPE_CHECKING
+
+import torch
 
 from .. import native
 from . import triton
-
-if TYPE_CHECKING:
-    import torch
 
 ALL = (native, triton)
 
@@ -17,6 +15,12 @@ ALL = (native, triton)
 def engine(*tensors: torch.Tensor) -> ModuleType | None:
     """The one whose `search` and `sweep` are for these tensors."""
     return next((each for each in ALL if each.serves(*tensors)), None)
+
+
+def named(device: str) -> str:
+    """Which of them serves a device: "native", "triton" or "torch"."""
+    found = engine(torch.zeros(1, device=device))
+    return "torch" if found is None else found.__name__.rpartition(".")[2]
 
 
 def added_gram(rows: torch.Tensor, upper: torch.Tensor) -> bool:

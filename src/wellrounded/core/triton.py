@@ -41,10 +41,12 @@ def search(
     scales, zeros = weight.new_empty(weight.shape[:-1]), weight.new_empty(weight.shape[:-1])
     tall, wide = max(1, 2048 // _power(width)), _power(width)
     grid = -(-rows // tall), groups, weight.numel() // max(rows * groups * width, 1)
-    _programs().search[grid](
-        weight, energy, weight.new_tensor(shares), scales, zeros, rows, groups, width,
-        SHARES=len(shares), BITS=bits, SYMMETRIC=symmetric, ROWS=tall, WIDTH=wide, num_warps=4 if wide <= 4096 else 8,
-    )  # fmt: skip
+    with torch.cuda.device_of(weight):  # triton launches on the current one
+        _programs().search[grid](
+            weight, energy, weight.new_tensor(shares), scales, zeros, rows, groups, width,
+            SHARES=len(shares), BITS=bits, SYMMETRIC=symmetric, ROWS=tall, WIDTH=wide,
+            num_warps=4 if wide <= 4096 else 8,
+        )  # fmt: skip
     return scales, zeros
 
 
@@ -64,11 +66,12 @@ def sweep(
     members, columns, outputs = weights.shape
     errors = weights.new_empty(members, columns, outputs)
     wide = 32
-    _programs().sweep[-(-outputs // wide), members](
-        weights, target, steps, feedback, scales.contiguous(), low.contiguous(), errors, outputs, most,
-        weights.stride(0), feedback.stride(0), feedback.stride(1),
-        COLUMNS=columns, PANEL=_power(columns), OUTPUTS=wide, num_warps=1,
-    )  # fmt: skip
+    with torch.cuda.device_of(weights):
+        _programs().sweep[-(-outputs // wide), members](
+            weights, target, steps, feedback, scales.contiguous(), low.contiguous(), errors, outputs, most,
+            weights.stride(0), feedback.stride(0), feedback.stride(1),
+            COLUMNS=columns, PANEL=_power(columns), OUTPUTS=wide, num_warps=1,
+        )  # fmt: skip
     return errors
 
 
@@ -94,11 +97,12 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, triangle: b
     a, b = (each if each.stride(1) == 1 else each.contiguous() for each in (a, b))
     lefts, rights = total.shape
     tile = 128 if min(lefts, rights) >= 128 else 32
-    _programs().product[-(-lefts // tile), -(-rights // tile)](
-        a, b, total, len(a), lefts, rights, a.stride(0), b.stride(0),
-        TRIANGLE=triangle, LEFTS=tile, RIGHTS=tile, TOKENS=64 if tile == 128 else 32,
-        WIDE=_interpreted() and a.dtype == torch.bfloat16, num_warps=8 if tile == 128 else 4,
-    )  # fmt: skip
+    with torch.cuda.device_of(total):
+        _programs().product[-(-lefts // tile), -(-rights // tile)](
+            a, b, total, len(a), lefts, rights, a.stride(0), b.stride(0),
+            TRIANGLE=triangle, LEFTS=tile, RIGHTS=tile, TOKENS=64 if tile == 128 else 32,
+            WIDE=_interpreted() and a.dtype == torch.bfloat16, num_warps=8 if tile == 128 else 4,
+        )  # fmt: skip
     return True
 
 

@@ -102,11 +102,12 @@ def _read(x: torch.Tensor, prepared: Sequence[torch.Tensor], tunes: bool = True)
     if tunes:
         _tuned.add(key)
     program, kind = (programs.tuned, {}) if tunes else (programs.packed, kinds[0])
-    program[grid](
-        x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, blocks // chunk, whole // chunk,
-        BITS=bits, CHUNK=chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=ordered, ROWS=tall,
-        WIDE=_interpreted() and x.dtype == torch.bfloat16, **kind,
-    )  # fmt: skip
+    with torch.cuda.device_of(x):  # triton launches on the current one
+        program[grid](
+            x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, blocks // chunk, whole // chunk,
+            BITS=bits, CHUNK=chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=ordered, ROWS=tall,
+            WIDE=_interpreted() and x.dtype == torch.bfloat16, **kind,
+        )  # fmt: skip
     return y
 
 
@@ -115,10 +116,11 @@ def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype)
     words, scales, zeros, order = prepared
     blocks, bits, outputs = words.shape
     dense = torch.empty(outputs, columns, dtype=dtype, device=words.device)
-    _programs().restore[(-(-outputs // OUTPUTS), blocks)](
-        words, scales, zeros, order, dense, outputs, columns, blocks // scales.shape[0],
-        BITS=bits, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
-    )  # fmt: skip
+    with torch.cuda.device_of(words):
+        _programs().restore[(-(-outputs // OUTPUTS), blocks)](
+            words, scales, zeros, order, dense, outputs, columns, blocks // scales.shape[0],
+            BITS=bits, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
+        )  # fmt: skip
     return dense
 
 
