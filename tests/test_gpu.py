@@ -4,10 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import pretend
 import tiny
+import wellrounded as wr
 from wellrounded import presets
 from wellrounded.presets import BEST
 from wellrounded.training import Training
@@ -101,3 +103,24 @@ def test_a_run_that_was_stopped_goes_on_there(tmp_path):
         tiny.quantize(source, tmp_path / "undisturbed", device="cuda", preset="fast")
     found, expected = (tiny.tensors(tmp_path / name) for name in ("there", "undisturbed"))
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+# ---- running ----
+
+
+def test_a_result_is_loaded_there_writes_there_and_learns_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DEACTIVATE_ASYNC_LOAD", "1")  # other threads are not watched
+    tiny.quantize(tiny.save(tiny.build("llama"), tmp_path / "source"), tmp_path / "out")
+    ids = tiny.ids(2)
+    here = wr.load(tmp_path / "out")
+    with pretend.gpu():
+        there = wr.load(tmp_path / "out", device_map="cuda")
+        logits = there(ids.to("cuda")).logits
+        assert logits.is_cuda and torch.allclose(logits.cpu(), here(ids).logits, atol=0.05)
+        assert there.generate(ids.to("cuda"), max_new_tokens=3).is_cuda
+        adapted = get_peft_model(there, LoraConfig(r=2, target_modules=["q_proj", "down_proj"])).to("cuda")
+        adapted(ids.to("cuda"), labels=ids.to("cuda")).loss.backward()
+        learned = [p for name, p in adapted.named_parameters() if "lora_B" in name]
+        assert learned and all(p.grad is not None and p.grad.is_cuda for p in learned)
+        found = wr.evaluate(tmp_path / "out", tiny.TEXT * 20, against=tmp_path / "source", length=32)
+    assert found["kl_mean"] > 0
