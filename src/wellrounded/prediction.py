@@ -94,7 +94,8 @@ class Forecaster:
         self.compared = self.settings.paired and self.settings.true_sequential
         self.streams = 2 if self.settings.paired or self.training else 1
         residual, weighed = self.settings.residual, self.settings.token_weights
-        self.told = (residual + (residual or weighed)) if self.compared else 0  # residuals that are compared, by token
+        # Residuals that are compared, and outputs that weigh tokens before they join one, by token.
+        self.told = (residual + (residual or weighed) + weighed) if self.compared else 0
         model = source.model
         self.hidden = _width(model)
         self.blocks = [block_of(name, model.get_submodule(name), plan, self.hidden, model) for name in names]

@@ -1,6 +1,7 @@
 """What is known of the original beside the quantized model, against dense copies with hooks and sums made by hand."""
 
 import copy
+from collections import Counter
 from typing import Any, NamedTuple
 
 import pytest
@@ -283,6 +284,23 @@ def test_a_batch_that_the_original_took_another_way_counts_as_unchanged():
     (member,) = next(paired.stacks())
     assert member.tokens == 64 and member.held_out.tokens == 8
     assert member.moments.hessian.mirrored().any() and not member.moments.drift.any()
+
+
+@pytest.mark.parametrize("how", ["staged", "anew"])
+def test_the_original_computes_each_output_once_where_batches_wait(how, monkeypatch):
+    """What weighs the tokens of a writer is what the twin goes on with."""
+    calls, twins, forward, twin_of = Counter(), [], nn.Linear.forward, Twin
+    monkeypatch.setitem(globals(), "Twin", lambda block, *about: twins.append(block) or twin_of(block, *about))
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: calls.update([layer]) or forward(layer, x))
+    walked = Walked("llama", how)
+    for _ in walked.sets():
+        pass
+    batches = len(walked.stream.ids)
+    assert len(twins) == 3 and batches > 1
+    for twin, writers in zip(twins, walked.writers):
+        seen = [calls[twin.get_submodule(name)] for name in writers]
+        assert seen == [batches] * 2 if how == "staged" else all(count > batches for count in seen)
+        assert not any("forward" in vars(layer) for layer in twin.modules())
 
 
 def test_nothing_is_hooked_any_more_when_a_walk_is_left_early():

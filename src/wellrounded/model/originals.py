@@ -49,12 +49,13 @@ class Originals:
     _read: dict[str, dict[int, torch.Tensor]] = field(default_factory=dict, repr=False)
     _wrote: dict[tuple[nn.Module, int], torch.Tensor] = field(default_factory=dict, repr=False)  # in a block so far
     _at: dict[greenlet, int] = field(default_factory=dict, repr=False)  # which batch runs there
+    _ready: dict[tuple[nn.Module, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict, repr=False)
 
     def staged(
         self, sets: Callable[[Kind], Sets], batches: list[Batch], names: list[str], known: list[list[str]]
     ) -> Sets:
         """Siblings from `sets`, each compared; `batches` of the original have left the block in the end."""
-        with self._told():
+        with self._told(), self._remembering():
             theirs = staged(self.twin.block, names, known, self.counted(batches), kind=Witness)
             mine = sets(self._kind)
             while True:
@@ -103,7 +104,7 @@ class Originals:
         weights = apart = None
         with torch.no_grad():
             if self.twin.weighs:
-                written = share * layer.forward(original)  # without its hooks, which would stop it
+                written = share * self._output(layer, batch, original)
                 written = written if added is None else written + added.reshape(written.shape)
                 residual = (before.reshape(written.shape) + written).float()
                 weights = 1 / residual.square().mean(-1).clamp_min(1e-12)
@@ -113,6 +114,32 @@ class Originals:
                     apart = apart + (added - self._wrote[self.block, batch]).reshape(apart.shape)
                 apart = (apart / share).reshape(*original.shape[:-1], -1)
         return Aside(weights, apart)
+
+    def _output(self, layer: nn.Module, batch: int, x: torch.Tensor) -> torch.Tensor:
+        """What a layer of the twin gives for this input, without its hooks, which would stop it."""
+        output = type(layer).forward(layer, x)
+        if "forward" in vars(layer):  # see _remembering
+            self._ready[layer, batch] = x, output
+        return output
+
+    @contextmanager
+    def _remembering(self) -> Iterator[None]:
+        """While it lasts, no layer of the twin computes for a second time what is known by the time it is called."""
+
+        def forward(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+            known, output = self._ready.pop((layer, self._at[getcurrent()]), (None, None))
+            same = known is not None and known.data_ptr() == x.data_ptr() and known.shape == x.shape
+            return output if same else type(layer).forward(layer, x)
+
+        layers = [self.twin.block.get_submodule(name) for name in self.twin.writers if self.twin.weighs]
+        for layer in layers:
+            layer.forward = partial(forward, layer)
+        try:
+            yield
+        finally:
+            for layer in layers:
+                del layer.forward
+            self._ready.clear()
 
     def chosen_on(self, batch: int, x: torch.Tensor) -> torch.Tensor:
         """bool [...]: which rows of `x` [..., in] are held out: whole windows, the same however they are batched.
