@@ -119,3 +119,17 @@ def test_what_the_model_does_not_know_is_kept_bit_for_bit(kind, tmp_path):
     assert all(torch.equal(kept[name], tensor) and kept[name].dtype == tensor.dtype for name, tensor in more.items())
     expected = tiny.logits(wr.load(tmp_path / "out"))
     assert torch.equal(tiny.logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out")), expected)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_fused_experts_are_held_of_one_block_and_of_two_where_one_is_read_ahead(there, tmp_path, monkeypatch):
+    model = tiny_configs.build("gpt_oss")
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there)
+    found, blocks = stored(tmp_path, model), set()
+    for name in found._pieces:
+        found.read(name)
+        blocks.add(name.split(".mlp")[0])
+        held = {one.split(".mlp")[0] for one in found._held}
+        assert name.split(".mlp")[0] in held and len(held) == min(len(blocks), 1 + there)
+    assert len(blocks) > 1

@@ -216,3 +216,22 @@ def test_what_is_apart_is_not_taken_apart_again():
     model = copy.deepcopy(built("mixtral"))
     take_apart(model, fused_experts(model))
     assert fused_experts(model) == {} and fused_experts(tiny.build("llama")) == {}
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_experts_see_few_different_numbers_of_rows(kind, monkeypatch):
+    """In bfloat16 on a CPU, where each number costs time and memory; rows that are added change no others."""
+    seen, forward = set(), nn.Linear.forward
+    monkeypatch.setattr(nn.Linear, "forward", lambda layer, x: seen.add(len(x)) or forward(layer, x))
+    for fused, arguments in met(kind, torch.bfloat16):
+        experts, counts = apart(fused), []
+        seen.clear()
+        experts.told = lambda bank, routed, counts=counts: counts.extend(routed.counts)
+        padded = output(experts, arguments)
+        assert seen and all(rows % 16 == 0 for rows in seen) and any(count % 16 for count in counts)
+        seen.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr("wellrounded.model.experts.ROW_STEP", 1)
+            plain = output(experts, arguments)
+        assert any(rows % 16 for rows in seen)
+        assert (padded - plain).norm() <= 2**-7 * plain.norm()

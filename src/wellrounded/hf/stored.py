@@ -6,6 +6,7 @@ are made here when they are read, one at a time, by transformers' own conversion
 
 from __future__ import annotations
 
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
@@ -22,7 +23,7 @@ from ..checkpoint import Source
 from ..errors import CheckpointError
 from ..model.experts import Experts, Layout, fused_experts, take_apart
 
-HELD = 4  # converted tensors that are kept: a block's fused experts, whose parts are read one after another
+BLOCK = re.compile(r".*?\.\d+(?=\.)")  # of a tensor's name: what stands for its block
 
 
 class Names:
@@ -223,7 +224,9 @@ class Stored:
 
     def _found(self, name: str) -> torch.Tensor | None:
         if name in self._held:
+            self._held.move_to_end(name)
             return self._held[name]
+        self._forget(_block(name))
         if name in self._direct:
             made = {name: self.read_stored(self._direct[name])}
         elif name in self._conversions:
@@ -231,9 +234,14 @@ class Stored:
         else:
             return None
         self._held |= made
-        while len(self._held) > max(HELD, len(made)):
-            self._held.popitem(last=False)
         return made.get(name)
+
+    def _forget(self, block: str) -> None:
+        """Keep fused experts of this block only, whose parts are read in turn; of two where one is read ahead."""
+        blocks = dict.fromkeys([block, *map(_block, reversed(self._held))])
+        kept = [*blocks][: 2 if torch.cuda.is_available() else 1]
+        for name in [name for name in self._held if _block(name) not in kept]:
+            del self._held[name]
 
     def _convert(self, conversion: _Conversion) -> dict[str, torch.Tensor]:
         converter = deepcopy(conversion.converter)
@@ -246,6 +254,11 @@ class Stored:
         """What the tensors of a layer of the model are called in a file, without their endings, once it is packed."""
         key = self._direct.get(f"{layer}.weight", "")
         return self.names.for_packed(layer, [key.removesuffix(".weight")] if key.endswith(".weight") else [])
+
+
+def _block(name: str) -> str:
+    found = BLOCK.match(name)
+    return found[0] if found else ""
 
 
 def _pieces(model: torch.nn.Module) -> Iterable[tuple[str, tuple[str, Callable]]]:

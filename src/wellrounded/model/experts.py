@@ -17,6 +17,7 @@ from torch import nn
 from torch.nn import functional as F
 
 KINDS = ("weight", "bias")
+ROW_STEP = 16
 GATED, PLAIN = ("gate_proj", "up_proj", "down_proj"), ("up_proj", "down_proj")
 
 
@@ -230,11 +231,14 @@ class Experts(nn.Module):
 
     def _project(self, expert: int, leaf: str, rows: torch.Tensor) -> torch.Tensor:
         layer = self._modules[str(expert)]._modules.get(leaf)  # type: ignore[union-attr]
+        if layer is not None and not len(rows):
+            return rows.new_zeros(0, layer.out_features)
+        count, rows = len(rows), _in_steps(rows)
         if layer is not None:
-            return layer(rows) if len(rows) else rows.new_zeros(0, layer.out_features)
+            return layer(rows)[:count]
         piece = self.layout.pieces[leaf]
         bias = self._parameters.get(f"{piece.parameter}_bias")
-        product = F.linear(rows, piece.weight(self.get_parameter(piece.parameter), expert, self.count))
+        product = F.linear(rows, piece.weight(self.get_parameter(piece.parameter), expert, self.count))[:count]
         return product if bias is None else product + piece.rows(bias[expert])
 
     def _activated(self, parts: list[torch.Tensor]) -> torch.Tensor:
@@ -284,6 +288,17 @@ class Experts(nn.Module):
         if hasattr(like, "config"):
             like.config = self.config  # the model's: it says which of transformers' implementations is used
         return like.train(self.training)
+
+
+def _in_steps(rows: torch.Tensor) -> torch.Tensor:
+    """The same rows and zeros after them, up to the next multiple of ROW_STEP.
+
+    For every number of rows oneDNN builds its product in bfloat16 anew, which takes 5 to 10 ms, and keeps the last 1024
+    of them, 0.6 MB each.
+    """
+    if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
+        return rows
+    return F.pad(rows, (0, 0, 0, -len(rows) % ROW_STEP))
 
 
 def _add(result: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
