@@ -218,7 +218,7 @@ def test_what_is_apart_is_not_taken_apart_again():
     assert fused_experts(model) == {} and fused_experts(tiny.build("llama")) == {}
 
 
-@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
 def test_experts_see_few_different_numbers_of_rows(kind, monkeypatch):
     """In bfloat16 on a CPU, where each number costs time and memory; rows that are added change no others."""
     seen, forward = set(), nn.Linear.forward
