@@ -41,12 +41,15 @@ GPU = rates.Rates(
 AIMING = 2 * 3 / 30e12  # what more than that comparing with the original takes, in seconds per weight and column
 
 
-def llama(**shape: int) -> Callable[[], PretrainedConfig]:
+def llama(**shape: Any) -> Callable[[], PretrainedConfig]:
     """A Llama's configuration."""
     return lambda: LlamaConfig(vocab_size=128256, num_key_value_heads=8, max_position_embeddings=8192, **shape)
 
 
 MODELS: dict[str, Callable[[], PretrainedConfig]] = {
+    "1B (Llama 3.2 shape)": llama(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, tie_word_embeddings=True
+    ),
     "8B (Llama 3 shape)": llama(
         hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32
     ),
@@ -111,7 +114,8 @@ def table(found: list[tuple[str, str, Forecast]]) -> str:
 def main() -> None:
     """The table, or JSON."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--models", nargs="*", default=[name for name in MODELS if name != "tiny"])
+    known = [name for name in MODELS if name != "tiny"]
+    parser.add_argument("--models", nargs="*", choices=MODELS, metavar="MODEL", default=known, help=f"of {known}")
     parser.add_argument("--preset", choices=PRESETS, default="default")
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
