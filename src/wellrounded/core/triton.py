@@ -101,7 +101,7 @@ def _multiply(a: torch.Tensor, b: torch.Tensor, total: torch.Tensor, triangle: b
         _programs().product[-(-lefts // tile), -(-rights // tile)](
             a, b, total, len(a), lefts, rights, a.stride(0), b.stride(0),
             TRIANGLE=triangle, LEFTS=tile, RIGHTS=tile, TOKENS=64 if tile == 128 else 32,
-            WIDE=_interpreted() and a.dtype == torch.bfloat16, num_warps=8 if tile == 128 else 4,
+            WIDE=interpreted() and a.dtype == torch.bfloat16, num_warps=8 if tile == 128 else 4,
         )  # fmt: skip
     return True
 
@@ -111,7 +111,8 @@ def _power(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
-def _interpreted() -> bool:
+def interpreted() -> bool:
+    """Whether Triton's programs run in its interpreter, on the CPU."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
@@ -127,7 +128,7 @@ def _programs() -> Any:
 
 def _right(*tensors: torch.Tensor) -> bool:
     device = tensors[0].device
-    if any(t.device != device for t in tensors) or not (device.type == "cuda" or _interpreted()):
+    if any(t.device != device for t in tensors) or not (device.type == "cuda" or interpreted()):
         return False
     return _programs() is not None and wrong(device) is None
 

@@ -28,6 +28,7 @@ import torch
 from torch.nn import functional as F
 
 from ..core.scheme import Scheme
+from ..core.triton import interpreted
 from ..core.weight import QuantizedWeight
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ Prepared = list[torch.Tensor]
 
 def refuses(need: Need) -> str | None:
     """Why this layer cannot use it, as a sentence."""
-    if not need.device.startswith("cuda") and not _interpreted():
+    if not need.device.startswith("cuda") and not interpreted():
         return f"it runs on GPUs, the layer is on {need.device}"
     if need.dtype not in DTYPES:
         return f"it computes in {', '.join(map(str, DTYPES))}, not {need.dtype}"
@@ -90,23 +91,20 @@ def _read(x: torch.Tensor, prepared: Sequence[torch.Tensor], tunes: bool = True)
     programs, ordered = _programs(), order.numel() > 0
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        wide = -(-outputs // meta["OUTPUTS"])
-        return wide, _shares(wide * towers, blocks // chunk, meta["SPLIT"]), towers
+        return _grid(outputs, blocks // chunk, towers, meta)
 
-    kinds = [config.kwargs for config in programs.CONFIGS]
-    shares = max(grid(kind)[1] for kind in kinds)
-    counted = max(grid(kind)[0] for kind in kinds) * towers
+    shares, counted = _most(outputs, blocks // chunk, towers)
     parts, counters = _workspace(x.device, shares * rows * outputs if shares > 1 else 0, counted)
     key = (x.device, x.dtype, columns, outputs, bits, tall, ordered)
-    tunes = tunes and not _interpreted() and (key in _tuned or not _capturing(x.device))
+    tunes = tunes and not interpreted() and (key in _tuned or not _capturing(x.device))
     if tunes:
         _tuned.add(key)
-    program, kind = (programs.tuned, {}) if tunes else (programs.packed, kinds[0])
+    program, kind = (programs.tuned, {}) if tunes else (programs.packed, programs.CONFIGS[0].kwargs)
     with torch.cuda.device_of(x):  # triton launches on the current one
         program[grid](
             x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, blocks // chunk, whole // chunk,
             BITS=bits, CHUNK=chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=ordered, ROWS=tall,
-            WIDE=_interpreted() and x.dtype == torch.bfloat16, **kind,
+            WIDE=interpreted() and x.dtype == torch.bfloat16, **kind,
         )  # fmt: skip
     return y
 
@@ -127,34 +125,45 @@ def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype)
 # ---- what is faster ----
 
 _tuned: set[Any] = set()  # what `_read` has been tuned for, in this process
-_known: dict[str, bool] = {}  # what `_reads_faster` has found, on this machine
+_known: dict[Any, bool] = {}  # what `_reads_faster` has found, or read
 
 
 def _reads_faster(x: torch.Tensor, prepared: Sequence[torch.Tensor]) -> bool:
     """Whether so many rows are multiplied faster from packed words than by restoring the weight."""
-    if len(x) > MANY_ROWS or _interpreted():
+    if len(x) > MANY_ROWS or interpreted():
         return False
     words, order = prepared[0], prepared[3]
-    shape = "x".join(map(str, (1 << (len(x) - 1).bit_length(), *x.shape[1:], words.shape[2])))
-    name = torch.cuda.get_device_name(x.device)
-    key = f"{name}, {_programs().triton.__version__}, {x.dtype}, {words.shape[1]} bits, {shape}, {order.numel() > 0}"
-    if not _known:
-        with suppress(
-            OSError, ValueError, TypeError
-        ):  # nothing yet, or nothing that can be read: then it is measured again
-            _known.update(json.loads(_kept().read_text()))
+    rows = 1 << (len(x) - 1).bit_length()
+    key = (x.device, x.dtype, rows, x.shape[1], *words.shape[1:], order.numel() > 0)
     if key not in _known:
         if _capturing(x.device):
             return False
-        bench = _programs().triton.testing.do_bench
-        reading = bench(lambda: _read(x, prepared))
-        _known[key] = reading < bench(lambda: F.linear(x, restored(prepared, x.shape[1], x.dtype)))
-        with suppress(OSError):  # then the next process measures it again
-            _kept().parent.mkdir(parents=True, exist_ok=True)
-            new = _kept().with_suffix(f".{os.getpid()}")
-            new.write_text(json.dumps(_known, indent=1))
-            new.replace(_kept())
+        name = ", ".join(map(str, (torch.cuda.get_device_name(x.device), _programs().triton.__version__, *key[1:])))
+        kept = _remembered()
+        if name not in kept:
+            bench = _programs().triton.testing.do_bench
+            reading = bench(lambda: _read(x, prepared))
+            kept[name] = reading < bench(lambda: F.linear(x, restored(prepared, x.shape[1], x.dtype)))
+            _remember(kept)
+        _known[key] = kept[name]
     return _known[key]
+
+
+def _remembered() -> dict[str, bool]:
+    """What was measured on this machine; nothing if that cannot be read, and then it is measured again."""
+    with suppress(OSError, ValueError):
+        found = json.loads(_kept().read_text())
+        return found if isinstance(found, dict) else {}
+    return {}
+
+
+def _remember(found: dict[str, bool]) -> None:
+    """Replace the file at once; where that does not work, the next process measures again."""
+    with suppress(OSError):
+        _kept().parent.mkdir(parents=True, exist_ok=True)
+        new = _kept().with_suffix(f".{os.getpid()}")
+        new.write_text(json.dumps(found, indent=1))
+        new.replace(_kept())
 
 
 def _kept() -> Path:
@@ -203,6 +212,19 @@ def _packed(blocks: torch.Tensor, bits: int) -> torch.Tensor:
     return words
 
 
+def _grid(outputs: int, steps: int, towers: int, kind: dict[str, Any]) -> tuple[int, int, int]:
+    """How many programs there are side by side, to share the columns of an output, and for further rows."""
+    wide = -(-outputs // kind["OUTPUTS"])
+    return wide, _shares(wide * towers, steps, kind["SPLIT"]), towers
+
+
+@cache
+def _most(outputs: int, steps: int, towers: int) -> tuple[int, int]:
+    """The most shares, and the most programs that share, of whatever kind of program may be tuned to."""
+    grids = [_grid(outputs, steps, towers, config.kwargs) for config in _programs().CONFIGS]
+    return max(grid[1] for grid in grids), max(grid[0] for grid in grids) * towers
+
+
 def _shares(programs: int, steps: int, split: int) -> int:
     """Among how many programs the columns of an output are divided, where there are so many programs otherwise."""
     return max(1, min(-(-PROGRAMS * split // (2 * programs)), steps // 4, 16))
@@ -220,10 +242,6 @@ def _workspace(device: torch.device, size: int, counted: int) -> tuple[torch.Ten
         if not _capturing(device):  # else they are the graph's own, zeroed whenever it runs
             _counters[key] = counters
     return torch.empty(size, dtype=torch.float32, device=device), counters
-
-
-def _interpreted() -> bool:
-    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 @cache

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from itertools import islice
 from typing import Any
 
 import torch
@@ -74,8 +73,9 @@ class BlockWalk:
 
     def _stored(self, index: int) -> list[str]:
         """What is to be read for a block, if there is one of this number."""
-        found = zip(self.names[index:], self.blocks[index:])
-        return [f"{name}.{leaf}" for name, block in islice(found, 1) for leaf, _ in block.named_parameters()]
+        some = slice(index, index + 1)
+        found = zip(self.names[some], self.blocks[some])
+        return [f"{name}.{leaf}" for name, block in found for leaf, _ in block.named_parameters()]
 
     @contextmanager
     def at(self, index: int) -> Iterator[nn.Module]:
