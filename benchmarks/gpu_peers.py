@@ -176,13 +176,10 @@ def ways(kernel: Any, ours: Contender, rows: int) -> tuple[str, list[Contender]]
 def _forced(kernel: Any, ours: Contender, way: str, rows: int) -> Callable[[torch.Tensor], torch.Tensor]:
     """A call that goes one way, whatever the kernel would do."""
     reads = way == "packed"
-    if rows > kernel.FEW_ROWS and hasattr(kernel, "_reads_faster"):
-        settings = {"_reads_faster": lambda *_: reads}
-    else:
-        settings = {"FEW_ROWS": rows if reads else 0, "_reads_faster": lambda *_: False}
+    settings = {"_reads_faster": lambda *_: reads} if hasattr(kernel, "_reads_faster") else {"FEW_ROWS": rows * reads}
 
     def forced(x: torch.Tensor) -> torch.Tensor:
-        with patch.multiple(kernel, **{name: value for name, value in settings.items() if hasattr(kernel, name)}):
+        with patch.multiple(kernel, **settings):
             return ours.call(x)
 
     return forced

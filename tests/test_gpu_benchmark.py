@@ -126,7 +126,8 @@ def test_who_multiplies_wrongly_is_named_and_not_timed(monkeypatch):
         assert contenders["right"]["microseconds"] > 0 and not {"unbuilt", "absent"} & contenders.keys()
         for name in ("doubled", "cut", "not a number", "raises"):
             assert [*contenders[name]] == ["wrong"]
-        assert contenders["doubled"]["wrong"] == "wrong: 1 off the dense product"
+        _, off, rest = contenders["doubled"]["wrong"].split(" ", 2)
+        assert abs(float(off) - 1) < 0.01 and rest == "off the dense product"
         assert contenders["cut"]["wrong"].startswith("wrong: [") and "nan off" in contenders["not a number"]["wrong"]
         assert contenders["raises"]["wrong"] == "failed: RuntimeError: not on this machine"
         assert (gpu.cell(row, "doubled/microseconds"), gpu.cell(row, "raises/microseconds")) == ("wrong", "failed")
@@ -134,7 +135,7 @@ def test_who_multiplies_wrongly_is_named_and_not_timed(monkeypatch):
     said = "\n".join(notes)
     assert "absent is left out: ModuleNotFoundError" in said
     assert "unbuilt is left out of 64x32: RuntimeError: not on this machine\n" in said
-    assert "64x32 with 4 bits, 64 rows: doubled wrong: 1 off the dense product" in said
+    assert "64x32 with 4 bits, 64 rows: doubled wrong: " in said
 
 
 def test_both_ways_are_measured_where_they_may_cross_and_nothing_stays_forced():
@@ -162,7 +163,7 @@ def test_a_kernel_that_chooses_by_itself_is_measured_in_both_ways(monkeypatch):
     went = []
 
     def call(x):
-        went.append("packed" if len(x) <= kernel.FEW_ROWS or kernel._reads_faster(x) else "restored")
+        went.append("packed" if kernel._reads_faster(x) else "restored")
         return x
 
     ours = gpu_peers.Contender("ours", call, 1, torch.zeros(1))

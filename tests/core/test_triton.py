@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from triton_programs import compiled, pass_interpreted
+from machine_code import compiled
+from triton_programs import pass_interpreted
 from wellrounded import native
 from wellrounded.core import engines
 from wellrounded.core import triton as programs

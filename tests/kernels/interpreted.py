@@ -25,9 +25,16 @@ def prepared(weight):
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_the_weight_is_restored_bit_for_bit(scheme):
+    """Each column where the order has it; what fills up a group is 0, so that it may be added to any."""
     weight = make(scheme, columns=192)
-    assert torch.equal(kernel.restored(prepared(weight), 192, torch.float16), weight.dequantize(torch.float16))
-    found, expected = kernel.restored(prepared(weight), 192, torch.bfloat16), weight.dequantize(torch.bfloat16)
+    words = prepared(weight)
+    order = words[3].long() if words[3].numel() else torch.arange(192)
+
+    def restored(dtype):
+        return torch.zeros(weight.shape).index_add(1, order, kernel.restored(words, dtype).float())
+
+    assert torch.equal(restored(torch.float16), weight.dequantize(torch.float16).float())
+    found, expected = restored(torch.bfloat16), weight.dequantize(torch.bfloat16).float()
     assert ((found - expected).abs() <= 2**-7 * expected.abs()).all()  # the interpreter cuts bfloat16 off
 
 
@@ -53,7 +60,8 @@ def test_shares_of_the_columns_add_up(outputs, columns, monkeypatch):
     for rows in (1, 5, 1):
         x = inputs(rows, columns, dtype=torch.float16)
         assert_is_product(kernel.matmul(x, prepared(weight), weight.dequantize), x, weight)
-    assert {*seen} == {max(1, min(16, columns // 32 // 4))}
+    turns = columns // 128 if columns % 128 == 0 else columns // 32
+    assert {*seen} == {max(1, min(16, turns // 2))}
     assert all(not counter.any() for counter in kernel._counters.values())
 
 
@@ -62,17 +70,19 @@ def test_whatever_is_tuned_computes_the_same(rows, monkeypatch):
     """Every shape of a program that may turn out to be fastest, and more rows than one program has."""
     programs = kernel._programs()
     weight = make(Scheme(4, 32, act_order=True), rows=150, columns=512)
-    x = inputs(rows, 512, dtype=torch.float16)
-    for config in programs.CONFIGS:
-        monkeypatch.setattr(programs, "CONFIGS", [config])
+    x, words = inputs(rows, 512, dtype=torch.float16), prepared(weight)
+    for config in [*programs.FEW, *programs.MANY]:
+        monkeypatch.setattr(programs, "kinds", lambda rows, config=config: [config])
         kernel._most.cache_clear()
-        assert_is_product(kernel._read(x, prepared(weight), tunes=False), x, weight)
+        assert_is_product(kernel._read(x[:, words[3]], words, tunes=False), x, weight)
     kernel._most.cache_clear()
     assert all(not counter.any() for counter in kernel._counters.values())
 
 
 class Device:
     """What a GPU answers, with clocks of its own."""
+
+    off, reads = 0.0, 0
 
     def __init__(self, monkeypatch, folder, reading, restoring):
         self.asked, times = [], {True: reading, False: restoring}
@@ -81,15 +91,21 @@ class Device:
         monkeypatch.setattr(kernel, "interpreted", lambda: False)
         monkeypatch.setattr(kernel, "_capturing", lambda device: False)
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
-        monkeypatch.setattr(kernel, "_read", lambda *about: self.asked.append("read"))
-        monkeypatch.setattr(kernel, "restored", lambda prepared, columns, dtype: torch.zeros(48, columns, dtype=dtype))
+        monkeypatch.setattr(kernel, "_has_tensor_cores", lambda device: True)
+        monkeypatch.setattr(kernel, "_read", self.read)
+        monkeypatch.setattr(kernel, "restored", lambda prepared, dtype: torch.zeros(48, 64, dtype=dtype))
 
         def bench(run):
-            before = len(self.asked)
+            before = self.reads
             run()
-            return times[len(self.asked) > before]
+            self.asked += ["read"] * (self.reads > before)
+            return times[self.reads > before]
 
         monkeypatch.setattr(kernel._programs().triton.testing, "do_bench", bench)
+
+    def read(self, x, prepared):
+        self.reads += 1
+        return x.new_zeros(len(x), 48) + self.off
 
 
 @pytest.mark.parametrize(("reading", "restoring"), [(1.0, 2.0), (2.0, 1.0)])
@@ -109,6 +125,28 @@ def test_nothing_is_measured_while_a_graph_is_captured(monkeypatch, tmp_path):
     device = Device(monkeypatch, tmp_path, 1.0, 2.0)
     monkeypatch.setattr(kernel, "_capturing", lambda device: True)
     assert not kernel._reads_faster(x, packed) and not device.asked and not kernel._known
+
+
+def test_a_way_that_is_wrong_or_too_large_is_not_taken(monkeypatch, tmp_path):
+    """Where it would be faster; the shape of a program for many rows is not the one that is tried at first."""
+    packed, x = prepared(make(Scheme(4, 32), columns=64)), inputs(100, 64, dtype=torch.float16)
+    device = Device(monkeypatch, tmp_path, 1.0, 2.0)
+    device.off = 1.0
+    assert not kernel._reads_faster(x, packed)
+
+    def too_large(x, prepared):
+        raise kernel._programs().triton.runtime.errors.OutOfResources(131072, 101376, "shared memory")
+
+    monkeypatch.setattr(kernel, "_read", too_large)
+    assert not kernel._reads_faster(inputs(200, 64, dtype=torch.float16), packed)
+
+
+@pytest.mark.parametrize("tensor_cores", [True, False])
+def test_few_rows_are_read_where_there_are_tensor_cores(tensor_cores, monkeypatch, tmp_path):
+    packed, x = prepared(make(Scheme(4, 32), columns=64)), inputs(3, 64, dtype=torch.float16)
+    device = Device(monkeypatch, tmp_path, 2.0, 1.0)
+    monkeypatch.setattr(kernel, "_has_tensor_cores", lambda device: tensor_cores)
+    assert kernel._reads_faster(x, packed) == tensor_cores and bool(device.asked) != tensor_cores
 
 
 @pytest.mark.parametrize("content", ["", "[1", "3"])
@@ -159,12 +197,12 @@ def test_a_device_on_which_it_is_wrong_is_noticed(which, monkeypatch):
     class Wrong:
         def __getitem__(self, grid):
             def run(*tensors, **constants):
-                tensors[5 if which == "packed" else 4].normal_()
+                tensors[4 if which == "packed" else 3].normal_()
 
             return run
 
     class Programs:
-        CONFIGS = programs.CONFIGS
+        kinds = staticmethod(programs.kinds)
         packed = Wrong() if which == "packed" else programs.packed
         restore = Wrong() if which == "restore" else programs.restore
 
@@ -176,7 +214,7 @@ def test_a_device_on_which_it_is_wrong_is_noticed(which, monkeypatch):
 
 def test_a_device_on_which_it_does_not_run_is_noticed(monkeypatch):
     class Programs:
-        CONFIGS = kernel._programs().CONFIGS
+        kinds = staticmethod(kernel._programs().kinds)
 
         @property
         def packed(self):

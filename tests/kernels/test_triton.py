@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from triton_programs import compiled, pass_interpreted
+import machine_code
+from triton_programs import pass_interpreted
 
 
 def test_its_programs_compute_what_they_are_to():
@@ -19,11 +20,23 @@ def test_they_compile_for_gpus_that_are_not_here(generation, dtype, bits, tmp_pa
     from wellrounded.kernels import triton_products as programs
 
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
-    tensors = {"x": dtype, "y": dtype, "dense": dtype, "words": "i32", "scales": "fp16", "zeros": "u8", "order": "i32"}
-    tensors |= {"parts": "fp32", "counters": "i32"}
-    constants = {"BITS": bits, "CHUNK": 2, "MIDDLE": -1, "ORDERED": True, "ROWS": 16, "OUTPUTS": 64, "SPLIT": 2}
+    tensors = machine_code.TENSORS | dict.fromkeys(("x", "y", "dense"), dtype)
+    constants = {"BITS": bits, "CHUNK": 2, "MIDDLE": -1, "ROWS": 16, "TIMES": 2, "OUTPUTS": 64}
     constants |= {"WIDE": False}
     for program in (programs.packed, programs.restore):
-        made = compiled(program, tensors, constants, generation)
+        made = machine_code.compiled(program, tensors, constants, generation)
         wants = program is programs.packed and generation >= 80  # triton has no tensor cores of Turing any more
         assert made.asm["cubin"] and ("mma" in made.asm["ptx"]) == wants
+
+
+def test_weights_are_restored_where_a_tensor_core_takes_them(tmp_path, monkeypatch):
+    """4 bits: nothing restored goes through shared memory, nothing is converted, and there is little else."""
+    pytest.importorskip("triton")
+    from wellrounded.kernels import triton_products as programs
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    found = machine_code.turn(programs, bits=4, rows=16, config=programs.FEW[2], generation=90)
+    assert found.per_weight < 4 and found.counts["HGMMA"] and not found.counts["I2F"]
+    assert found.counts["STS"] <= 2, "scales alone"
+    slow = machine_code.turn(programs, bits=4, rows=16, config=programs.FEW[2], generation=80)
+    assert slow.per_weight < 6 and slow.counts["HMMA"] and slow.counts["STS"] <= 2

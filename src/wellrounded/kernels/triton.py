@@ -2,15 +2,20 @@
 
 Up to 64 rows one kernel reads the packed words once. Where there are too few outputs for all processors, several
 programs share the columns of an output, and the last of them adds up, always in the same order. For more rows the
-weight is either read once per 64 of them, or restored once, in the dtype of the input, and multiplied by torch: up to
+weight is either read once per 128 of them, or restored once, in the dtype of the input, and multiplied by torch: up to
 1024 rows what is faster is measured. Codes minus zeros are whole numbers below 256, exact in bfloat16 and in float16;
 their products are summed in float32 within a group, and scaled once per group.
 
 What is measured on a device is measured once: the shape of a program by triton, which keeps that in its own cache, and
 where restoring becomes faster in ~/.cache/wellrounded. While a CUDA graph is captured, nothing is measured.
 
-Layout: columns in blocks of 32, each in as many words as a code has bits, outputs side by side. A word of a block holds
-32 / bits codes, the first in the lowest bits; of 3 bits, two words hold the lower two of each code, one the highest.
+Why words lie as they do: a tensor core's thread takes, of every 8 columns, two that are side by side, and its seven
+neighbours in a quarter of a warp the others; those two codes lie in the two halves of a word, so that one shift and one
+mask give both, and the words of one thread lie side by side, up to 16 bytes of them. Nothing is exchanged between
+threads, and nothing restored is written to shared memory: with that it would be slower than memory is.
+
+Layout: chunks of columns, 1, 2 or 4 blocks of 32, so that a group is whole chunks; then outputs; then, for each of the
+threads that share an output, the words of each block. Of 3 bits, the lower two of all outputs come before the highest.
 Where groups are not whole blocks, or columns are in another order, columns are gathered, and each group is filled up.
 """
 
@@ -20,7 +25,8 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
-from functools import cache
+from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +43,11 @@ if TYPE_CHECKING:
 NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16)
 BLOCK = 32  # columns
-FEW_ROWS = 64  # of a program; more read the weight again
+FEW_ROWS = 64  # up to here, the weight is read once, and that is faster than restoring it
 MANY_ROWS = 1024  # from here on, restoring the weight for a dense product is faster
+TALLEST = 128  # rows of a program; more read the weight again
 OUTPUTS = 64  # of a program that restores
+TOLERANCE = 0.02  # relative, of products in bfloat16
 PROGRAMS = 264  # that a GPU is to have at least: two for each of the processors of a large one
 Prepared = list[torch.Tensor]
 
@@ -56,17 +64,21 @@ def refuses(need: Need) -> str | None:
 
 
 def prepare(weight: QuantizedWeight, need: Need) -> Prepared:
-    """Words int32 [blocks, bits, out], scales float16 and zeros uint8 [groups, out], and the columns' order int32.
+    """Words int32 [chunks, bits, out, blocks of a chunk], scales float16 and zeros uint8 [groups, out], and an order.
 
-    Zeros are empty where all are the middle of the range; the order is where columns are in that of the words.
+    The shape of the words is how many there are, not how they lie. Zeros are empty where all are the middle of the
+    range; the order, int32, is the column that is multiplied at each place, and empty where that is the same.
     """
     codes, order = _blocked(weight)
-    bits = weight.scheme.bits
-    blocks = codes.T.contiguous().view(-1, BLOCK, len(codes))
-    words = torch.cat([_packed(blocks & 3, 2), _packed(blocks >> 2, 1)], 1) if bits == 3 else _packed(blocks, bits)
+    bits, blocks = weight.scheme.bits, codes.shape[1] // BLOCK
+    whole = blocks // weight.scales.shape[1]  # of a group
+    chunk = max(n for n in (1, 2, 4) if whole % n == 0)
+    shape = blocks // chunk, bits, len(codes), chunk
+    codes = codes.view(len(codes), blocks // chunk, chunk, BLOCK)
+    words = torch.cat([_plane(codes & 3, 2), _plane(codes >> 2, 1)], 1) if bits == 3 else _plane(codes, bits)
     middle = bool((weight.zeros == weight.scheme.midpoint).all())
     zeros = weight.zeros.new_empty(0) if middle else weight.zeros.T.contiguous()
-    return [words.contiguous(), weight.scales.T.contiguous(), zeros, order]
+    return [words.view(shape), weight.scales.T.contiguous(), zeros, order]
 
 
 def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> torch.Tensor:
@@ -74,52 +86,61 @@ def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> t
     rows = x.numel() // x.shape[-1]
     if not rows or x.dtype not in DTYPES:
         return F.linear(x, dense(x.dtype))
-    flat = x.reshape(rows, x.shape[-1]).contiguous()
-    if rows <= FEW_ROWS or _reads_faster(flat, prepared):
-        return _read(flat, prepared).view(*x.shape[:-1], -1)
-    return F.linear(x, restored(prepared, x.shape[-1], x.dtype))
+    flat, order = x.reshape(rows, x.shape[-1]), prepared[3]
+    flat = flat.index_select(1, order) if order.numel() else flat.contiguous()
+    y = _read(flat, prepared) if _reads_faster(flat, prepared) else F.linear(flat, restored(prepared, x.dtype))
+    return y.view(*x.shape[:-1], -1)
 
 
 def _read(x: torch.Tensor, prepared: Sequence[torch.Tensor], tunes: bool = True) -> torch.Tensor:
-    """The product of [rows, in], from packed words, by the programs that are fastest where `tunes`."""
-    words, scales, zeros, order = prepared
-    (rows, columns), (blocks, bits, outputs) = x.shape, words.shape
+    """The product of [rows, in], in the order of the words, by the programs that are fastest where `tunes`."""
+    words, scales, zeros, _ = prepared
+    rows, (chunks, bits, outputs, chunk) = len(x), words.shape
     y = x.new_empty(rows, outputs)
-    tall = 16 if rows <= 16 else 32 if rows <= 32 else FEW_ROWS
-    towers, whole = -(-rows // tall), blocks // scales.shape[0]  # the latter of a group
-    chunk = max(n for n in (1, 2, 4) if whole % n == 0)
-    programs, ordered = _programs(), order.numel() > 0
+    tall = next(n for n in (16, 32, FEW_ROWS, TALLEST) if rows <= n or n == TALLEST)
+    times = max(n for n in (1, 2, 4) if n * chunk <= 4 and chunks % n == 0)
+    towers, turns = -(-rows // tall), chunks // times
 
     def grid(meta: dict[str, Any]) -> tuple[int, int, int]:
-        return _grid(outputs, blocks // chunk, towers, meta)
+        return _grid(outputs, turns, towers, meta)
 
-    shares, counted = _most(outputs, blocks // chunk, towers)
+    programs, key = _programs(), (x.device, x.dtype, chunks, outputs, bits, tall)
+    shares, counted = _most(outputs, turns, towers, tall)
     parts, counters = _workspace(x.device, shares * rows * outputs if shares > 1 else 0, counted)
-    key = (x.device, x.dtype, columns, outputs, bits, tall, ordered)
     tunes = tunes and not interpreted() and (key in _tuned or not _capturing(x.device))
     if tunes:
         _tuned.add(key)
-    program, kind = (programs.tuned, {}) if tunes else (programs.packed, programs.CONFIGS[0].kwargs)
+    first = programs.kinds(tall)[0]
+    kind = {} if tunes else {**first.kwargs, "num_warps": first.num_warps, "num_stages": first.num_stages}
     with torch.cuda.device_of(x):  # triton launches on the current one
-        program[grid](
-            x, words, scales, zeros, order, y, parts, counters, rows, columns, outputs, blocks // chunk, whole // chunk,
-            BITS=bits, CHUNK=chunk, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=ordered, ROWS=tall,
-            WIDE=interpreted() and x.dtype == torch.bfloat16, **kind,
+        (programs.tuned if tunes else programs.packed)[grid](
+            x, words, scales, zeros, y, parts, counters, rows, outputs, chunks, chunks // len(scales),
+            BITS=bits, CHUNK=chunk, MIDDLE=_middle(bits, zeros), ROWS=tall, TIMES=times, WIDE=_wide(x.dtype), **kind,
         )  # fmt: skip
     return y
 
 
-def restored(prepared: Sequence[torch.Tensor], columns: int, dtype: torch.dtype) -> torch.Tensor:
-    """[out, in]: the dense weight, rounded once to `dtype`."""
-    words, scales, zeros, order = prepared
-    blocks, bits, outputs = words.shape
-    dense = torch.empty(outputs, columns, dtype=dtype, device=words.device)
+def restored(prepared: Sequence[torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """[out, in]: the dense weight, rounded once to `dtype`, with its columns in the order of the words."""
+    words, scales, zeros, _ = prepared
+    chunks, bits, outputs, chunk = words.shape
+    dense = torch.empty(outputs, chunks * chunk * BLOCK, dtype=dtype, device=words.device)
     with torch.cuda.device_of(words):
-        _programs().restore[(-(-outputs // OUTPUTS), blocks)](
-            words, scales, zeros, order, dense, outputs, columns, blocks // scales.shape[0],
-            BITS=bits, MIDDLE=1 << (bits - 1) if not zeros.numel() else -1, ORDERED=order.numel() > 0, OUTPUTS=OUTPUTS,
+        _programs().restore[(-(-outputs // OUTPUTS), chunks)](
+            words, scales, zeros, dense, outputs, chunks, chunks // len(scales),
+            BITS=bits, CHUNK=chunk, MIDDLE=_middle(bits, zeros), WIDE=_wide(dtype), OUTPUTS=OUTPUTS,
         )  # fmt: skip
     return dense
+
+
+def _middle(bits: int, zeros: torch.Tensor) -> int:
+    """What all zeros are, -1 if they are there one by one."""
+    return -1 if zeros.numel() else 1 << (bits - 1)
+
+
+def _wide(dtype: torch.dtype) -> bool:
+    """Whether numbers are to be float32 within: the interpreter takes bfloat16 for the whole numbers of its bits."""
+    return interpreted() and dtype == torch.bfloat16
 
 
 # ---- what is faster ----
@@ -129,24 +150,50 @@ _known: dict[Any, bool] = {}  # what `_reads_faster` has found, or read
 
 
 def _reads_faster(x: torch.Tensor, prepared: Sequence[torch.Tensor]) -> bool:
-    """Whether so many rows are multiplied faster from packed words than by restoring the weight."""
+    """Whether so many rows, in the order of the words, are multiplied faster from these than by restoring the weight.
+
+    Where that is measured, both ways must give the same, too.
+    """
     if len(x) > MANY_ROWS or interpreted():
-        return False
-    words, order = prepared[0], prepared[3]
+        return len(x) <= FEW_ROWS
+    if len(x) <= FEW_ROWS and _has_tensor_cores(x.device):
+        return True
     rows = 1 << (len(x) - 1).bit_length()
-    key = (x.device, x.dtype, rows, x.shape[1], *words.shape[1:], order.numel() > 0)
+    key = (x.device, x.dtype, rows, x.shape[1], *prepared[0].shape[1:])
     if key not in _known:
         if _capturing(x.device):
             return False
         name = ", ".join(map(str, (torch.cuda.get_device_name(x.device), _programs().triton.__version__, *key[1:])))
         kept = _remembered()
         if name not in kept:
-            bench = _programs().triton.testing.do_bench
-            reading = bench(lambda: _read(x, prepared))
-            kept[name] = reading < bench(lambda: F.linear(x, restored(prepared, x.shape[1], x.dtype)))
+            kept[name] = _measured(x, prepared)
             _remember(kept)
         _known[key] = kept[name]
     return _known[key]
+
+
+def _measured(x: torch.Tensor, prepared: Sequence[torch.Tensor]) -> bool:
+    """Whether reading is right here, and faster; a program may be too large for a device."""
+    x = torch.randn_like(x)  # zeros would be faster
+    ways = partial(_read, x, prepared), lambda: F.linear(x, restored(prepared, x.dtype))
+    try:
+        if not _error(ways[0](), ways[1]()) < TOLERANCE:
+            return False
+        reading, restoring = map(_programs().triton.testing.do_bench, ways)
+    except _programs().triton.runtime.errors.OutOfResources:
+        return False
+    return bool(reading < restoring)
+
+
+def _error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """How far off a product is, relative to it."""
+    return float((found.float() - expected.float()).norm() / expected.float().norm().clamp(min=1e-30))
+
+
+@cache
+def _has_tensor_cores(device: torch.device) -> bool:
+    """Whether triton multiplies with them there: no more on those of Turing, which would be slow without."""
+    return torch.version.hip is not None or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _remembered() -> dict[str, bool]:
@@ -185,7 +232,10 @@ def _programs() -> Any:
 
 
 def _blocked(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, whole blocks for every group], and which column each is: int32, -1 for none, empty if in order."""
+    """Codes [out, whole blocks for every group], and which column each is: int32, empty if in order.
+
+    What fills up a group stands for weights of 0; any column will do for them.
+    """
     inputs = weight.shape[1]
     groups, index = weight.scales.shape[1], weight.group_index.long()
     sizes = torch.bincount(index, minlength=groups)
@@ -195,39 +245,44 @@ def _blocked(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
     columns = torch.argsort(index, stable=True)
     place = torch.arange(inputs, device=index.device) - (sizes.cumsum(0) - sizes)[index[columns]]
     place += index[columns] * width
-    order = torch.full((groups * width,), -1, dtype=torch.int32, device=index.device)
+    order = torch.zeros(groups * width, dtype=torch.int32, device=index.device)
     order[place] = columns.int()
-    codes = weight.zeros.repeat_interleave(width, 1)  # what is filled up stands for 0
+    codes = weight.zeros.repeat_interleave(width, 1)
     codes[:, place] = weight.codes[:, columns]
     return codes, order
 
 
-def _packed(blocks: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [blocks, bits, out] of codes uint8 [blocks, 32, out]."""
-    per = 32 // bits
-    codes = blocks.view(len(blocks), bits, per, -1)
-    words = codes[:, :, 0].int()
-    for place in range(1, per):
-        words |= codes[:, :, place].int() << (place * bits)
-    return words
+def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """int32 [chunks, out * words]: the words of codes uint8 [out, chunks, blocks, 32], of 1, 2, 4 or 8 bits.
+
+    The columns of a block are 8 a + 2 t + b. Two that differ in b are 16 bits apart in a word; it holds as many t and a
+    as there is room for, and where there is room for one t alone, its words are side by side.
+    """
+    wide, far = min(bits, 4), max(bits // 4, 1)  # words along t, and along a
+    outputs, chunks, blocks, _ = codes.shape
+    codes = codes.view(outputs, chunks, blocks, far, 4 // far, wide, 4 // wide, 2)
+    words = torch.zeros(outputs, chunks, blocks, far, wide, dtype=torch.int32, device=codes.device)
+    for inner, outer, half in product(range(4 // far), range(4 // wide), range(2)):
+        words |= codes[:, :, :, :, inner, :, outer, half].int() << (bits * (outer * (4 // far) + inner) + 16 * half)
+    return words.permute(1, 0, 4, 3, 2).reshape(chunks, -1)
 
 
 def _grid(outputs: int, steps: int, towers: int, kind: dict[str, Any]) -> tuple[int, int, int]:
     """How many programs there are side by side, to share the columns of an output, and for further rows."""
     wide = -(-outputs // kind["OUTPUTS"])
-    return wide, _shares(wide * towers, steps, kind["SPLIT"]), towers
+    return wide, _shares(wide * towers, steps, kind["split"]), towers
 
 
 @cache
-def _most(outputs: int, steps: int, towers: int) -> tuple[int, int]:
+def _most(outputs: int, steps: int, towers: int, tall: int) -> tuple[int, int]:
     """The most shares, and the most programs that share, of whatever kind of program may be tuned to."""
-    grids = [_grid(outputs, steps, towers, config.kwargs) for config in _programs().CONFIGS]
+    grids = [_grid(outputs, steps, towers, config.kwargs) for config in _programs().kinds(tall)]
     return max(grid[1] for grid in grids), max(grid[0] for grid in grids) * towers
 
 
 def _shares(programs: int, steps: int, split: int) -> int:
     """Among how many programs the columns of an output are divided, where there are so many programs otherwise."""
-    return max(1, min(-(-PROGRAMS * split // (2 * programs)), steps // 4, 16))
+    return max(1, min(-(-PROGRAMS * split // (2 * programs)), steps // 2, 16))
 
 
 _counters: dict[Any, torch.Tensor] = {}  # by device and stream: zero before every product, and again after it
@@ -256,14 +311,13 @@ def _wrong(bits: int, dtype: torch.dtype, device: str) -> str | None:
         group_index=scheme.trivial_group_index(64).to(device),
         scheme=scheme,
     )
-    x = torch.randn(FEW_ROWS + 1, 64, generator=random).to(device, dtype)
+    x = torch.randn(17, 64, generator=random).to(device, dtype)
     try:
         prepared = prepare(weight, None)  # type: ignore[arg-type]  # which asks nothing of the need
         expected = x.float() @ weight.dequantize().T
-        for found in (_read(x, prepared, tunes=False), F.linear(x, restored(prepared, 64, dtype))):
-            error = (found.float() - expected).norm() / expected.norm()
-            if not error < 0.02:
-                return f"it computes something else on this {device}: a product is {float(error):.3g} off"
+        for found in (_read(x, prepared, tunes=False), F.linear(x, restored(prepared, dtype))):
+            if not (error := _error(found, expected)) < TOLERANCE:
+                return f"it computes something else on this {device}: a product is {error:.3g} off"
     except Exception as error:  # whatever a compiler or a driver raises
         return f"it does not run on this {device} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
     return None
