@@ -24,6 +24,7 @@ LEVELS = {
             "journal",
             "tensorfile",
             "writer",
+            "store",
             "report",
             "calibration",
             "card",

@@ -17,7 +17,7 @@ from .contest import Beaten, Contest, prepare
 from .core.gptq import Settings
 from .core.recipe import Recipe
 from .errors import UsageError
-from .memory import shown
+from .memory import keep_few_products, shown
 from .pipeline import Progress
 from .prediction import Forecast
 from .report import Report
@@ -83,6 +83,7 @@ def quantize(
     activations (naming the layer), CheckpointError for damaged files or a full disk. Finished blocks are kept, and
     `out`.log tells what happened.
     """
+    keep_few_products()
     out = Path(out).expanduser()
     budget = _budget(
         bpw, size, measurement, bits=bits, group_size=group_size, recipe=recipe, asym=not sym or None,

@@ -28,7 +28,7 @@ from .prediction import Room
 from .progress import Clock
 from .report import LayerResult
 from .solving import Solved, same_scheme, solve
-from .team import Team, merged, shared
+from .team import Lacking, Team, merged, shared
 
 
 @dataclass
@@ -77,7 +77,8 @@ class Blockwise:
     ) -> Iterator[Solved]:  # fmt: skip
         """Solve the named layers of block `index`, each put back into it; in the end the streams have left the block.
 
-        When memory does not suffice, what is solved stays solved, and the rest goes on in less.
+        When memory does not suffice, here or in another process, what is solved stays solved, and the rest goes on in
+        less. A layer that not every process has solved by then is solved again: the later one counts.
         """
         block = self.walk.names[index]
         self.team.biased = [name for name in names if self._absorbs(f"{block}.{name}")]
@@ -97,12 +98,23 @@ class Blockwise:
                     del members  # and their Hessian, before the next one is counted
                 if twin is not None:
                     self.walk.advance(index, *(stream.original for stream in calibrating), block=twin.block)
+                self.team.meet()  # nobody leaves the block before all can
                 return
             except (MemoryError, RuntimeError) as error:
                 if not exhausted(error):
                     raise
-                lack = str(error).splitlines()[0]
-            self._economize(index, calibrating, clock, lack)  # here, where nothing holds on to the error
+                lack, told = str(error).splitlines()[0], isinstance(error, Lacking)
+            # Here, where nothing holds on to the error.
+            lack = lack if told else self.team.lacks(lack)
+            done = self._agreed(done)
+            self._economize(index, calibrating, clock, lack)
+
+    def _agreed(self, done: set[str]) -> set[str]:
+        """The layers that are solved in every process; others are solved again, as they were."""
+        agreed = set.intersection(*map(set, self.team.all([*done])))
+        for name in done - agreed:
+            self.walk.unsettle(f"{name}.bias")
+        return agreed
 
     def twin(
         self, index: int, known: list[list[str]] | None, writers: dict[str, float], calibrating: list[Stream]
@@ -137,15 +149,10 @@ class Blockwise:
         return self.walk.all_siblings(index, calibrating[0], names)
 
     def _economize(self, index: int, calibrating: list[Stream], clock: Clock, lack: str) -> None:
-        """After a failed allocation: half the batch from here on, and no batch waits any more.
+        """After a failed allocation: half the batch from here on, and no batch waits any more, in every process.
 
         Raises OutOfMemory if every batch is a single window already.
         """
-        if self.team.size > 1:  # the others do not know of it
-            raise OutOfMemory(
-                f"{self.walk.names[index]}: memory does not suffice ({lack}); finished blocks are kept: run the same "
-                "command again with --max-memory, or with fewer processes on each machine"
-            )
         waited, self.room = self.room.waits, replace(self.room, waits=False)
         less = "half the batch"
         try:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import nn
@@ -35,27 +35,10 @@ from .progress import Clock, Progress
 from .proof import Behind, fidelity
 from .report import LayerResult, Report
 from .solving import Solved
+from .store import Store, WriteBehind
 from .team import Team
 from .training import Training
 from .tuning import Tuning
-
-
-class Store(Protocol):
-    """Where the parts of a result go, and which of them are there already: a checkpoint.Writer, or memory."""
-
-    finished: dict[str, Any]
-    scratch: Path | None  # a directory for what is needed during the run, if there is one
-    amended: Any  # notes on tensors that were replaced later, None if none were
-
-    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None: ...
-
-    def read_part(self, part: str) -> dict[str, torch.Tensor]: ...
-
-    def state(self, name: str) -> Path: ...
-
-    def amend(self, tensors: dict[str, torch.Tensor], notes: Any) -> None: ...
-
-    def amendment(self) -> dict[str, torch.Tensor]: ...
 
 
 class Run:
@@ -146,8 +129,9 @@ class Run:
         if self.work.room.maps and writer.scratch:
             self.work.team.square = mapped(writer.scratch)
         try:
-            with tidy() if self.tight else nullcontext():
-                self._quantize(writer, clock, spill)
+            behind = WriteBehind(writer) if self.device.startswith("cuda") else nullcontext(writer)
+            with tidy() if self.tight else nullcontext(), behind as store:
+                self._quantize(store, clock, spill)
         except (MemoryError, RuntimeError) as error:
             if not exhausted(error):
                 raise
@@ -171,8 +155,9 @@ class Run:
         self.plan.excuse(self.walk.hollow.idle)
         give_back()
         clock.enter()
+        there = {*writer.finished}
         for index, name, block in self.walk:
-            mine, replayed = self._mine(name, block), name in writer.finished
+            mine, replayed = self._mine(name, block), name in there
             known = None if replayed else self.work.known(index, mine, [*dense, *calibrating])
             writers = self.work.writers(index, known, [*dense, *calibrating])
             self.walk.advance(index, *dense, *teacher)
@@ -232,16 +217,19 @@ class Run:
 
     def _write_block(self, name: str, solved: Iterable[Solved], writer: Store) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        results: list[dict[str, Any]] = []
+        results: dict[
+            str, tuple[LayerResult, float]
+        ] = {}  # by layer: of one that is solved again, the later one counts
         for quantized, result in solved:
             self._share(result.name, quantized)
             tensors |= self.ledger.packed(result.name, quantized, self.version)
-            results.append(asdict(result))
-            self.report.add(result, quantized.scheme.bits_per_weight(quantized.shape[1]))
+            results[result.name] = result, quantized.scheme.bits_per_weight(quantized.shape[1])
+        for result, bits in results.values():
+            self.report.add(result, bits)
         tensors |= self.ledger.dense(name)
         tensors |= {self.ledger.stored[full]: value for full, value in self.walk.settled(name).items()}
         self.source.verify()
-        writer.add(name, tensors, results)
+        writer.add(name, tensors, [asdict(result) for result, _ in results.values()])
         del tensors
         give_back()
 

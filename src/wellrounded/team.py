@@ -24,18 +24,23 @@ from .core.means import Means
 from .core.moments import Moments
 from .core.scheme import Scheme
 from .core.weight import QuantizedWeight
-from .errors import UsageError, WellRoundedError
+from .errors import OutOfMemory, UsageError, WellRoundedError
 from .memory import exhausted
 from .model.inputs import Bank, Hessians, Member, Siblings
 from .solving import Solved
 
 T = TypeVar("T")
+LACKS = 0  # an exit code that no failure has
 PATIENCE = timedelta(hours=2)  # for a process that solves a large layer while the others wait for it
 AGAIN = "finished blocks are kept, run the same command again, with as many processes as you like"
 
 
 class Lost(WellRoundedError):  # noqa: N818  # a process, not an error
     """Another process of the run has failed or ended, and so does this one."""
+
+
+class Lacking(MemoryError):  # noqa: N818  # of another process, not of this one
+    """Memory does not suffice in another process of the run; this one can go on with less, as all of them do then."""
 
 
 class Team(Hessians):
@@ -55,12 +60,31 @@ class Team(Hessians):
         return self.rank == 0
 
     def meet(self) -> None:
-        """Wait until all are here. Raises Lost if one of them has failed."""
+        """Wait until all are here. Raises Lost if one of them has failed, Lacking if memory does not suffice in one."""
         if self.size > 1 and (told := self._told(None)):
-            rank, (why, code) = next((rank, one) for rank, one in enumerate(told) if one is not None)
-            lost = Lost(why if rank == 0 else f"process {rank} of {self.size}: {why}")
-            lost.speaks, lost.exit_code = self.first, code
-            raise lost
+            raise Lacking(self._heard(told))
+
+    def lacks(self, why: str) -> str:
+        """Come to the next meeting because memory does not suffice here: what all of them say of that then.
+
+        Raises Lost if one of them has failed, OutOfMemory if the others cannot be told.
+        """
+        if self.size == 1:
+            return why
+        if self._broken:
+            raise OutOfMemory(f"memory does not suffice ({why}) in the middle of an exchange; {AGAIN}")
+        return self._heard(self._told((why, LACKS)))
+
+    def _heard(self, told: list[tuple[str, int] | None]) -> str:
+        """Who lacks memory, and why; whoever has failed comes first."""
+        failed = [(rank, *one) for rank, one in enumerate(told) if one is not None]
+        rank, why, code = max(failed, key=lambda one: (one[2] != LACKS, -one[0]))
+        why = why if rank == 0 else f"process {rank} of {self.size}: {why}"
+        if code == LACKS:
+            return why
+        lost = Lost(why)
+        lost.speaks, lost.exit_code = self.first, code
+        raise lost
 
     def agree(self, value: T) -> T:
         """What the first process says."""
@@ -281,7 +305,7 @@ def _blank(shape: tuple[int, int], device: torch.device, scheme: Scheme) -> Quan
 
 
 class Follower:
-    """A pipeline.Store of a process that does not write: it knows what is finished, and where to spill."""
+    """A store.Store of a process that does not write: it knows what is finished, and where to spill."""
 
     def __init__(self, out: Path, finished: dict[str, Any]) -> None:
         self.finished = finished

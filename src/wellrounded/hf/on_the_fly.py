@@ -32,7 +32,7 @@ MIXTRAL = ("w1", "w3", "w2")  # gate, up, down in the files of Mixtral and its h
 
 
 class Memory:
-    """A pipeline.Store that keeps the packed layers, and nothing else."""
+    """A store.Store that keeps the packed layers, and nothing else."""
 
     def __init__(self) -> None:
         self.finished: dict[str, Any] = {OUTSIDE: None}

@@ -293,8 +293,8 @@ class Experts(nn.Module):
 def _in_steps(rows: torch.Tensor) -> torch.Tensor:
     """The same rows and zeros after them, up to the next multiple of ROW_STEP.
 
-    For every number of rows oneDNN builds its product in bfloat16 anew, which takes 5 to 10 ms, and keeps the last 1024
-    of them, 0.6 MB each.
+    For every number of rows oneDNN builds its product in bfloat16 anew, which takes 5 to 10 ms; so there are fewer of
+    them. What is kept of each: memory.keep_few_products.
     """
     if rows.dtype != torch.bfloat16 or rows.device.type != "cpu":
         return rows

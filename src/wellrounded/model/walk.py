@@ -59,6 +59,10 @@ class BlockWalk:
         self._settled[name] = value.cpu()
         put(self.model, name, value)
 
+    def unsettle(self, name: str) -> None:
+        """A parameter has the source's value again, as soon as somebody reads it."""
+        self._settled.pop(name, None)
+
     def settled(self, block: str) -> dict[str, torch.Tensor]:
         """What has become of parameters of this block, by their names in the model."""
         return {name: value for name, value in self._settled.items() if name.startswith(f"{block}.")}
