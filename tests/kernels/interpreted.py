@@ -65,7 +65,7 @@ def test_shares_of_the_columns_add_up(outputs, columns, monkeypatch):
     assert all(not counter.any() for counter in kernel._counters.values())
 
 
-@pytest.mark.parametrize("rows", [1, 65, 130])
+@pytest.mark.parametrize("rows", [1, 130])
 def test_whatever_is_tuned_computes_the_same(rows, monkeypatch):
     """Every shape of a program that may turn out to be fastest, and more rows than one program has."""
     programs = kernel._programs()
@@ -208,7 +208,11 @@ def test_a_device_on_which_it_is_wrong_is_noticed(which, monkeypatch):
 
     kernel._wrong.cache_clear()
     monkeypatch.setattr(kernel, "_programs", Programs)
-    assert "computes something else" in kernel.refuses(need())
+    with pytest.warns(
+        RuntimeWarning, match="'triton' is not used for 4 bits and torch.bfloat16: it computes something"
+    ):
+        assert "computes something else" in kernel.refuses(need())
+    assert "computes something else" in kernel.refuses(need()), "and is not tried or warned of again"
     kernel._wrong.cache_clear()
 
 
@@ -222,7 +226,8 @@ def test_a_device_on_which_it_does_not_run_is_noticed(monkeypatch):
 
     kernel._wrong.cache_clear()
     monkeypatch.setattr(kernel, "_programs", Programs)
-    assert "does not run on this cpu (RuntimeError: no such device)" in kernel.refuses(need())
+    with pytest.warns(RuntimeWarning, match="it does not run on this cpu"):
+        assert "does not run on this cpu (RuntimeError: no such device)" in kernel.refuses(need())
     kernel._wrong.cache_clear()
 
 

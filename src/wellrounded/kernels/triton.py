@@ -9,24 +9,17 @@ their products are summed in float32 within a group, and scaled once per group.
 What is measured on a device is measured once: the shape of a program by triton, which keeps that in its own cache, and
 where restoring becomes faster in ~/.cache/wellrounded. While a CUDA graph is captured, nothing is measured.
 
-Why words lie as they do: a tensor core's thread takes, of every 8 columns, two that are side by side, and its seven
-neighbours in a quarter of a warp the others; those two codes lie in the two halves of a word, so that one shift and one
-mask give both, and the words of one thread lie side by side, up to 16 bytes of them. Nothing is exchanged between
-threads, and nothing restored is written to shared memory: with that it would be slower than memory is.
-
-Layout: chunks of columns, 1, 2 or 4 blocks of 32, so that a group is whole chunks; then outputs; then, for each of the
-threads that share an output, the words of each block. Of 3 bits, the lower two of all outputs come before the highest.
-Where groups are not whole blocks, or columns are in another order, columns are gathered, and each group is filled up.
+How words lie, and why: triton_layout.py.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache, partial
-from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,13 +29,13 @@ from torch.nn import functional as F
 from ..core.scheme import Scheme
 from ..core.triton import interpreted
 from ..core.weight import QuantizedWeight
+from .triton_layout import BLOCK, packed
 
 if TYPE_CHECKING:
     from . import Dense, Need
 
 NAME = "triton"
 DTYPES = (torch.bfloat16, torch.float16)
-BLOCK = 32  # columns
 FEW_ROWS = 64  # up to here, the weight is read once, and that is faster than restoring it
 MANY_ROWS = 1024  # from here on, restoring the weight for a dense product is faster
 TALLEST = 128  # rows of a program; more read the weight again
@@ -66,19 +59,13 @@ def refuses(need: Need) -> str | None:
 def prepare(weight: QuantizedWeight, need: Need) -> Prepared:
     """Words int32 [chunks, bits, out, blocks of a chunk], scales float16 and zeros uint8 [groups, out], and an order.
 
-    The shape of the words is how many there are, not how they lie. Zeros are empty where all are the middle of the
-    range; the order, int32, is the column that is multiplied at each place, and empty where that is the same.
+    The shape of the words is how many there are, not how they lie (triton_layout.py). Zeros are empty where all are the
+    middle of the range; the order, int32, is the column that is multiplied at each place, and empty where that is it.
     """
-    codes, order = _blocked(weight)
-    bits, blocks = weight.scheme.bits, codes.shape[1] // BLOCK
-    whole = blocks // weight.scales.shape[1]  # of a group
-    chunk = max(n for n in (1, 2, 4) if whole % n == 0)
-    shape = blocks // chunk, bits, len(codes), chunk
-    codes = codes.view(len(codes), blocks // chunk, chunk, BLOCK)
-    words = torch.cat([_plane(codes & 3, 2), _plane(codes >> 2, 1)], 1) if bits == 3 else _plane(codes, bits)
+    words, order = packed(weight)
     middle = bool((weight.zeros == weight.scheme.midpoint).all())
     zeros = weight.zeros.new_empty(0) if middle else weight.zeros.T.contiguous()
-    return [words.view(shape), weight.scales.T.contiguous(), zeros, order]
+    return [words, weight.scales.T.contiguous(), zeros, order]
 
 
 def matmul(x: torch.Tensor, prepared: Sequence[torch.Tensor], dense: Dense) -> torch.Tensor:
@@ -231,42 +218,6 @@ def _programs() -> Any:
     return triton_products
 
 
-def _blocked(weight: QuantizedWeight) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes [out, whole blocks for every group], and which column each is: int32, empty if in order.
-
-    What fills up a group stands for weights of 0; any column will do for them.
-    """
-    inputs = weight.shape[1]
-    groups, index = weight.scales.shape[1], weight.group_index.long()
-    sizes = torch.bincount(index, minlength=groups)
-    width = -(-int(sizes.max()) // BLOCK) * BLOCK
-    if weight.trivially_grouped and width * groups == inputs:
-        return weight.codes, index.new_empty(0, dtype=torch.int32)
-    columns = torch.argsort(index, stable=True)
-    place = torch.arange(inputs, device=index.device) - (sizes.cumsum(0) - sizes)[index[columns]]
-    place += index[columns] * width
-    order = torch.zeros(groups * width, dtype=torch.int32, device=index.device)
-    order[place] = columns.int()
-    codes = weight.zeros.repeat_interleave(width, 1)
-    codes[:, place] = weight.codes[:, columns]
-    return codes, order
-
-
-def _plane(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """int32 [chunks, out * words]: the words of codes uint8 [out, chunks, blocks, 32], of 1, 2, 4 or 8 bits.
-
-    The columns of a block are 8 a + 2 t + b. Two that differ in b are 16 bits apart in a word; it holds as many t and a
-    as there is room for, and where there is room for one t alone, its words are side by side.
-    """
-    wide, far = min(bits, 4), max(bits // 4, 1)  # words along t, and along a
-    outputs, chunks, blocks, _ = codes.shape
-    codes = codes.view(outputs, chunks, blocks, far, 4 // far, wide, 4 // wide, 2)
-    words = torch.zeros(outputs, chunks, blocks, far, wide, dtype=torch.int32, device=codes.device)
-    for inner, outer, half in product(range(4 // far), range(4 // wide), range(2)):
-        words |= codes[:, :, :, :, inner, :, outer, half].int() << (bits * (outer * (4 // far) + inner) + 16 * half)
-    return words.permute(1, 0, 4, 3, 2).reshape(chunks, -1)
-
-
 def _grid(outputs: int, steps: int, towers: int, kind: dict[str, Any]) -> tuple[int, int, int]:
     """How many programs there are side by side, to share the columns of an output, and for further rows."""
     wide = -(-outputs // kind["OUTPUTS"])
@@ -301,23 +252,31 @@ def _workspace(device: torch.device, size: int, counted: int) -> tuple[torch.Ten
 
 @cache
 def _wrong(bits: int, dtype: torch.dtype, device: str) -> str | None:
-    """A small product, in both ways, against the dense weight's: a sentence if this device computes something else."""
+    """A sentence if this device computes something else, which is warned of as well: other kernels serve then."""
+    try:
+        found = _tried(bits, dtype, device)
+    except Exception as error:  # whatever a compiler or a driver raises
+        found = f"it does not run on this {device} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    if found:
+        warnings.warn(f"kernel {NAME!r} is not used for {bits} bits and {dtype}: {found}", RuntimeWarning, stacklevel=2)
+    return found
+
+
+def _tried(bits: int, dtype: torch.dtype, device: str) -> str | None:
+    """A small product, in both ways, against the dense weight's: a sentence if one is something else."""
     random = torch.Generator().manual_seed(bits)
-    scheme = Scheme(bits, 32)
+    scheme, outputs, columns = Scheme(bits, 128), 32, 256
     weight = QuantizedWeight(
-        codes=torch.randint(scheme.max_code + 1, (32, 64), generator=random).to(device, torch.uint8),
-        scales=torch.randn(32, 2, generator=random).to(device, torch.float16),
-        zeros=torch.full((32, 2), scheme.midpoint, dtype=torch.uint8, device=device),
-        group_index=scheme.trivial_group_index(64).to(device),
+        codes=torch.randint(scheme.max_code + 1, (outputs, columns), generator=random).to(device, torch.uint8),
+        scales=torch.randn(outputs, 2, generator=random).to(device, torch.float16),
+        zeros=torch.full((outputs, 2), scheme.midpoint, dtype=torch.uint8, device=device),
+        group_index=scheme.trivial_group_index(columns).to(device),
         scheme=scheme,
     )
-    x = torch.randn(17, 64, generator=random).to(device, dtype)
-    try:
-        prepared = prepare(weight, None)  # type: ignore[arg-type]  # which asks nothing of the need
-        expected = x.float() @ weight.dequantize().T
-        for found in (_read(x, prepared, tunes=False), F.linear(x, restored(prepared, dtype))):
-            if not (error := _error(found, expected)) < TOLERANCE:
-                return f"it computes something else on this {device}: a product is {error:.3g} off"
-    except Exception as error:  # whatever a compiler or a driver raises
-        return f"it does not run on this {device} ({type(error).__name__}: {str(error).splitlines()[0][:100]})"
+    x = torch.randn(16, columns, generator=random).to(device, dtype)
+    prepared = prepare(weight, None)  # type: ignore[arg-type]  # which asks nothing of the need
+    expected = x.float() @ weight.dequantize().T
+    for found in (_read(x, prepared, tunes=False), F.linear(x, restored(prepared, dtype))):
+        if not (error := _error(found, expected)) < TOLERANCE:
+            return f"it computes something else on this {device}: a product is {error:.3g} off"
     return None

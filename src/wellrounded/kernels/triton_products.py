@@ -88,7 +88,7 @@ def packed(
     turns = (chunks // TIMES + shares - 1) // shares  # of which the last share may have fewer
     first, last = share * turns * TIMES, tl.minimum((share + 1) * turns * TIMES, chunks)
     values = x + m[None, :] * (chunks * CHUNK * 32) + tl.arange(0, CHUNK * 32)[:, None]
-    here = (first // per_group) * outputs
+    here = (tl.minimum(first, chunks - 1) // per_group) * outputs  # the last shares may have nothing to do
     scale, zero = tl.load(scales + here + n), _zero(zeros, here, n, MIDDLE)
     sums = tl.zeros((OUTPUTS, ROWS), dtype=tl.float32)
     for turn in range(first, last, TIMES):
