@@ -25,6 +25,8 @@ LEVELS = {
             "tensorfile",
             "writer",
             "store",
+            "places",
+            "torchrun",
             "report",
             "calibration",
             "card",

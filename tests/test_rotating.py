@@ -13,8 +13,8 @@ import wellrounded as wr
 from test_kill import KILLED, contents, in_child, kill
 from test_presets import correlated, dense, held_out, kl
 from wellrounded import presets, rotating
+from wellrounded.places import unfinished
 from wellrounded.presets import BEST
-from wellrounded.writer import unfinished
 
 TEXT = tiny.ids(100)
 

@@ -20,7 +20,8 @@ from wellrounded.core.hessian import Hessian
 from wellrounded.model.walk import BlockWalk
 from wellrounded.prediction import Room
 from wellrounded.request import Request
-from wellrounded.team import Team, joined, merged
+from wellrounded.team import Team, merged
+from wellrounded.torchrun import joined
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 ROOM = Room(256)

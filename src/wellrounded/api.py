@@ -23,7 +23,9 @@ from .prediction import Forecast
 from .report import Report
 from .request import Request, chosen_device, limit, refuse_longer
 from .runlog import RunLog, one_line
-from .team import Follower, Lost, Team, joined
+from .store import Follower
+from .team import Lost, Team
+from .torchrun import joined
 
 
 def quantize(

@@ -24,11 +24,11 @@ from .measurement import Foreign, Measurement
 from .memory import exhausted
 from .model.stream import SpillFile
 from .pipeline import Run
+from .places import nearest, unfinished
 from .report import Report
 from .request import NONE, Request
 from .sensitivity import distance, measure, schemes_for
 from .trial import Tell, attempt, say
-from .writer import unfinished
 
 ELSEWHERE = ("calibration", "device", "batch", "max_memory", "min_tokens")  # what the file is about, or changes no byte
 
@@ -164,7 +164,7 @@ def _measured(run: Run, path: Path, strict: bool, home: Path, tell: Tell) -> Mea
             if strict:
                 raise
             say(tell, f"measuring again: {error}")
-    with TemporaryDirectory(prefix=".measuring-", dir=_nearest(home)) as scratch:
+    with TemporaryDirectory(prefix=".measuring-", dir=nearest(home)) as scratch:
         spill = SpillFile(Path(scratch)) if run.work.room.spills else None
         try:
             sets = measure(run.walk, [*run.plan.schemes], run.calibration.windows, run.work.room, tell, spill)
@@ -194,7 +194,3 @@ def _try(contest: Contest, rival: Rival, opened: Callable[[], Source], out: Path
 def _stored(recipe: Recipe) -> dict[str, Any]:
     """As a run's request has it."""
     return to_config(recipe, version_for(recipe.scheme, *(rule.scheme for rule in recipe.rules)))
-
-
-def _nearest(home: Path) -> Path:
-    return next(place for place in (home, *home.parents) if place.exists())

@@ -22,7 +22,8 @@ from .model import blocks as layers_of
 from .pipeline import Run
 from .prediction import Forecast, Forecaster, Room, Workload
 from .presets import preset
-from .team import Team, neighbours
+from .team import Team
+from .torchrun import neighbours
 
 NONE = "none"  # calibration="none": plain rounding, in seconds
 ALONE = Team()

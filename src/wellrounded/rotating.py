@@ -20,11 +20,11 @@ from .model.rotation import NotExact, Rotation, find
 from .model.stream import Stream
 from .model.walk import BlockWalk
 from .pipeline import Run
+from .places import unfinished
 from .presets import TRIED_ON
 from .request import Request
 from .sensitivity import distance
 from .trial import Tell, attempt, say
-from .writer import unfinished
 
 PROVEN_ON = 2  # held-out windows
 

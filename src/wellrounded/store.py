@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+
+from .places import partial_of
 
 
 class Store(Protocol):
@@ -80,3 +83,27 @@ class WriteBehind:
 
     def amendment(self) -> dict[str, torch.Tensor]:
         return self._wait().amendment()
+
+
+class Follower:
+    """A store of a process that does not write: it knows what is finished, and where to spill."""
+
+    def __init__(self, out: Path, finished: dict[str, Any]) -> None:
+        self.finished = finished
+        self.scratch = partial_of(out) / "scratch"
+
+    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
+        """The first process writes it."""
+        self.finished[part] = notes
+
+    def read_part(self, part: str) -> dict[str, torch.Tensor]:
+        """Never called: what the first process reads comes from it."""
+        raise KeyError(part)
+
+    def leave(self) -> None:
+        """Nothing is left on a machine where the first process does not write."""
+        home = self.scratch.parent
+        with suppress(OSError):  # they are not there, or not empty
+            if not (home / "journal.jsonl").exists():  # else it is the first one's, who clears it away
+                self.scratch.rmdir()
+                home.rmdir()

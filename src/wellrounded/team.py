@@ -7,13 +7,8 @@ nothing.
 
 from __future__ import annotations
 
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from datetime import timedelta
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -31,7 +26,6 @@ from .solving import Solved
 
 T = TypeVar("T")
 LACKS = 0  # an exit code that no failure has
-PATIENCE = timedelta(hours=2)  # for a process that solves a large layer while the others wait for it
 AGAIN = "finished blocks are kept, run the same command again, with as many processes as you like"
 
 
@@ -224,6 +218,10 @@ class Team(Hessians):
                 raise
             raise self._lost(error) from None
 
+    def silence(self) -> None:
+        """Tell the others nothing any more: this process ends wherever it is."""
+        self._broken = True
+
     def _lost(self, error: RuntimeError) -> Lost:
         """The first process says it, and the second too: it may be the first that has ended."""
         line = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -302,95 +300,3 @@ def _blank(shape: tuple[int, int], device: torch.device, scheme: Scheme) -> Quan
         torch.empty(inputs, dtype=torch.int32, device=device),
         scheme,
     )
-
-
-class Follower:
-    """A store.Store of a process that does not write: it knows what is finished, and where to spill."""
-
-    def __init__(self, out: Path, finished: dict[str, Any]) -> None:
-        self.finished = finished
-        self.scratch = out.with_name(f"{out.name}.partial") / "scratch"
-
-    def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
-        """The first process writes it."""
-        self.finished[part] = notes
-
-    def read_part(self, part: str) -> dict[str, torch.Tensor]:
-        """Never called: what the first process reads comes from it."""
-        raise KeyError(part)
-
-    def leave(self) -> None:
-        """Nothing is left on a machine where the first process does not write."""
-        home = self.scratch.parent
-        with suppress(OSError):  # they are not there, or not empty
-            if not (home / "journal.jsonl").exists():  # else it is the first one's, who clears it away
-                self.scratch.rmdir()
-                home.rmdir()
-
-
-@contextmanager
-def joined(device: str = "cpu") -> Iterator[tuple[Team, str]]:
-    """The team that torchrun has started, for as long as the block lasts, and this process's device.
-
-    All its processes must come here. A program that has connected its processes itself is left alone: each of its
-    calls is a run of its own.
-    """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
-    if size == 1 or dist.is_initialized():
-        yield Team(), device
-        return
-    cuda, place = device.startswith("cuda"), int(os.environ.get("LOCAL_RANK", "0"))
-    if cuda and place < torch.cuda.device_count():
-        device = f"cuda:{place}"
-        torch.cuda.set_device(device)
-    try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=PATIENCE)
-    except (RuntimeError, ValueError) as error:
-        line = str(error).splitlines()[0]
-        raise UsageError(
-            f"WORLD_SIZE={size} says that this is one of {size} processes, but they cannot be connected ({line}); "
-            "start them with torchrun, or one without WORLD_SIZE"
-        ) from None
-    team = Team(dist.get_rank(), size)
-    try:
-        with _terminable(team), team.bound():
-            if cuda and place >= torch.cuda.device_count():
-                raise UsageError(
-                    f"{neighbours()} processes were started on a machine with {torch.cuda.device_count()} GPUs; start "
-                    "one for each (--nproc-per-node), or use --device cpu"
-                )
-            yield team, device
-    finally:
-        dist.destroy_process_group()
-
-
-@contextmanager
-def _terminable(team: Team) -> Iterator[None]:
-    """While it lasts, SIGTERM, which torchrun sends when another process has ended, ends this one like an error."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the next one does not wait
-        team._broken = True
-        stopped = Lost(f"stopped by SIGTERM, which torchrun sends when another process has ended; {AGAIN}")
-        stopped.speaks = team.rank < 2
-        raise stopped
-
-    before = signal.signal(signal.SIGTERM, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
-
-
-def neighbours() -> int:
-    """How many processes of the run share this machine."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-
-
-def speaks() -> bool:
-    """Whether this process is the one of its run that a user hears."""
-    alone = os.environ.get("WORLD_SIZE", "1") == "1" or dist.is_initialized()
-    return alone or os.environ.get("RANK", "0") == "0"

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from .checkpoint import Source, Writer
 from .journal import difference
+from .places import unfinished
 from .progress import Progress
 from .report import Report
 from .request import Request
 from .tensorfile import remove
-from .writer import unfinished
 
 Tell = Callable[[Progress], None]
 

@@ -6,12 +6,10 @@ is replaced) only when it is complete. A run that was stopped, at whatever momen
 
 from __future__ import annotations
 
-import errno
 import json
 import os
-import shutil
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,12 +20,11 @@ import torch
 from . import tensorfile as files
 from .errors import CheckpointError, UsageError
 from .journal import Journal, difference
+from .places import is_placed, link, nearest, partial_of, writing
 from .tensorfile import TensorFile
 
 SHARD_BYTES = 4 * 2**30
 AMENDMENT = "amendment.part"
-NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK,
-            errno.EINVAL}  # fmt: skip
 
 
 @dataclass
@@ -54,7 +51,7 @@ class Writer:
     complete: bool = False
 
     def __post_init__(self) -> None:
-        self.partial = _partial(self.out)
+        self.partial = partial_of(self.out)
         self.scratch, self.ready, self.replaced = (self.partial / name for name in ("scratch", "ready", "replaced"))
         self._files: dict[str, TensorFile] = {}  # by part, in order: where it is now
         self._names: dict[str, list[str]] = {}  # by part that is in a shard: its tensors
@@ -65,10 +62,10 @@ class Writer:
         journal = self.partial / "journal.jsonl"
         if self.partial.is_dir() and not journal.exists() and any(self.partial.iterdir()):
             raise self._in_the_way()
-        with _writing(self.partial):
+        with writing(self.partial):
             self._journal = Journal(journal)
         try:
-            with _writing(self.partial):
+            with writing(self.partial):
                 self._open()
         except BaseException:
             self._journal.close()
@@ -83,11 +80,11 @@ class Writer:
             raise UsageError(f"{out} is a mount point, and cannot be replaced; name a new directory inside it")
         if out.exists() and not out.is_dir():
             raise UsageError(f"{out} is a file; name a directory for the result")
-        if out.is_dir() and any(out.iterdir()) and not force and not _placed(out):
+        if out.is_dir() and any(out.iterdir()) and not force and not is_placed(out):
             with suppress(OSError):
-                _partial(out).rmdir()  # empty: all that a run left that was killed when it had done everything else
+                partial_of(out).rmdir()  # empty: all that a run left that was killed when it had done everything else
             raise UsageError(f"{out} exists and is not empty; choose another directory or pass --force")
-        home = _nearest(out.absolute().parent)
+        home = nearest(out.absolute().parent)
         if not os.access(home, os.W_OK):
             raise UsageError(f"{out}: no permission to write in {home}; choose another directory")
 
@@ -96,7 +93,7 @@ class Writer:
     def _open(self) -> None:
         """Take over what is there: all of it, or nothing, or only the last steps are missing."""
         lines = self._journal.lines()
-        placed = _placed(self.out)
+        placed = is_placed(self.out)
         differing = difference(lines[0]["request"], self.request) if lines else ""
         if placed and not differing and not self.fresh:
             self._clean()
@@ -211,7 +208,7 @@ class Writer:
 
     def note_run(self, run: dict[str, Any]) -> None:
         """Remember what this run wants to be told as `run` when it goes on."""
-        with _writing(self._journal.path):
+        with writing(self._journal.path):
             self._note(run=run)
         self.run = run
 
@@ -222,7 +219,7 @@ class Writer:
     def add(self, part: str, tensors: dict[str, torch.Tensor], notes: Any = None) -> None:
         """Write one part and note it in the journal: from here on it is not lost. `notes` come back on resuming."""
         path = self.path_of(part)
-        with _writing(path):
+        with writing(path):
             self._put(path, lambda place: files.write(place, tensors))
             written = TensorFile(path)
             self._note(part=part, notes=notes)
@@ -259,7 +256,7 @@ class Writer:
         if strange := tensors.keys() - there:
             raise CheckpointError(f"{min(strange)} was to be replaced, and is in no finished part; please report this")
         path = self.partial / AMENDMENT
-        with _writing(path):
+        with writing(path):
             self._put(path, lambda place: files.write(place, tensors))
             self._note(amended=notes)
             self.amended, self._amendment = notes, TensorFile(path)
@@ -311,7 +308,7 @@ class Writer:
             return self.out
         if missing := [part for part in parts if part not in self.finished]:
             raise CheckpointError(f"{self.out}: {missing[0]} was never written; please report this")
-        with _writing(self.ready):
+        with writing(self.ready):
             files.remove(self.scratch)
             if not self._finishing:
                 self._roll(last=True)
@@ -335,7 +332,7 @@ class Writer:
         for number, shard in enumerate(self._shards, 1):
             one = len(self._shards) == 1
             name = "model.safetensors" if one else f"model-{number:05d}-of-{len(self._shards):05d}.safetensors"
-            _link(shard, self.ready / name)
+            link(shard, self.ready / name)
             file = TensorFile(shard)
             total += file.stamp.size - file.start
             weight_map |= dict.fromkeys(file.entries, name)
@@ -356,52 +353,3 @@ class Writer:
             raise
         files.sync(self.out.parent)
         files.sync(self.partial)
-
-
-def unfinished(out: Path) -> dict[str, Any]:
-    """The request of a run that was to write `out` and has been stopped; {} if there is none."""
-    try:
-        first = (_partial(out) / "journal.jsonl").read_bytes().partition(b"\n")[0]
-        return dict(json.loads(first)["request"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-
-
-def _link(file: Path, place: Path) -> None:
-    try:
-        os.link(file, place)
-    except OSError as error:
-        if error.errno not in NO_LINKS:
-            raise
-        shutil.copyfile(file, place)
-
-
-def _partial(out: Path) -> Path:
-    return out.with_name(out.name + ".partial")
-
-
-def _placed(out: Path) -> bool:
-    """Whether a run was stopped after it had put its result at `out`, before it had tidied up."""
-    home = _partial(out)
-    try:
-        lines = (home / "journal.jsonl").read_bytes().splitlines()
-    except OSError:
-        return False
-    return b'{"finishing": true}' in lines and not (home / "ready").exists() and out.exists()
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        free = shutil.disk_usage(_nearest(path)).free
-        raise CheckpointError(
-            f"writing {path}: {error} ({free / 2**20:,.0f} MiB free); finished blocks are kept, make room or fix "
-            "the permissions and run the same command again"
-        ) from None
-
-
-def _nearest(path: Path) -> Path:
-    """The path itself if it exists, else the closest directory above it that does."""
-    return next(place for place in (path, *path.parents) if place.exists())

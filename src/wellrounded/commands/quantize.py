@@ -17,7 +17,7 @@ def run(args: argparse.Namespace) -> int:
     """Quantize, print the table (or the JSON), and say how to use the result; 3 if it failed its own check."""
     from ..api import forecast, quantize
     from ..hf.quiet import quiet
-    from ..team import speaks
+    from ..torchrun import speaks
 
     quiet()
     options = {
