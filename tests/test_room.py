@@ -1,5 +1,9 @@
 """How much a run keeps in memory changes nothing but the time, and is foretold; running out of it ends nothing."""
 
+import ctypes
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import pytest
@@ -13,7 +17,7 @@ from wellrounded.checkpoint import Reader, Writer
 from wellrounded.errors import CheckpointError, OutOfMemory, UsageError
 from wellrounded.hf.headers import open_headers
 from wellrounded.hf.source import open_source
-from wellrounded.memory import exhausted, parse_size
+from wellrounded.memory import exhausted, keep_few_products, parse_size
 from wellrounded.model import stream
 from wellrounded.model.walk import BlockWalk
 from wellrounded.prediction import Forecaster, Room, Workload, rooms
@@ -361,3 +365,42 @@ def test_a_continued_run_keeps_its_batches(llama, quantized, tmp_path):
     assert run.settle({}) == "" and run.noted() == {"batch_tokens": 4096}
     assert run.settle({"batch_tokens": 64}) == "" and run.work.room == replace(Room(), batch_tokens=64)
     assert run.settle({"batch_tokens": 128}).startswith("going on in batches of 64 tokens, not 128")
+
+
+def test_few_products_are_remembered_unless_somebody_said_otherwise(monkeypatch):
+    monkeypatch.setenv("LRU_CACHE_CAPACITY", "7")
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "")  # put back in the end
+    monkeypatch.delenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY")
+    keep_few_products()
+    assert os.environ["LRU_CACHE_CAPACITY"] == "7" and os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "64"
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="counts what glibc has handed out")
+def test_products_of_many_heights_do_not_add_up():
+    """Torch looks at it once, before its first product: in a process of its own."""
+    work = """
+import ctypes, sys, torch
+from wellrounded.memory import keep_few_products
+fields = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost".split()
+class Info(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_size_t) for name in fields]
+mallinfo = ctypes.CDLL(None).mallinfo2
+mallinfo.restype = Info
+def used():
+    return mallinfo().uordblks + mallinfo().hblkhd
+if sys.argv[1] == "few":
+    keep_few_products()
+weight = torch.zeros(64, 64, dtype=torch.bfloat16)
+def multiply(heights):
+    for height in heights:
+        torch.nn.functional.linear(torch.zeros(height, 64, dtype=torch.bfloat16), weight)
+multiply(range(16, 16 * 80, 16))
+before = used()
+multiply(range(16 * 80, 16 * 400, 16))
+print(used() - before)
+"""
+    grown = {}
+    for which in ("few", "usual"):
+        told = subprocess.run([sys.executable, "-c", work, which], capture_output=True, text=True, check=True)
+        grown[which] = int(told.stdout)
+    assert grown["few"] < max(2**20, grown["usual"] / 4), grown
