@@ -164,4 +164,5 @@ def restore(
     steps = _steps(words + chunk * (BITS * CHUNK * outputs), zero, own, outputs, dtype, BITS, CHUNK, WIDE)
     values = steps.to(tl.float32) * scale[:, None]
     k = chunk * CHUNK * 32 + tl.arange(0, CHUNK * 32)
-    tl.store(dense + n[:, None] * (chunks * CHUNK * 32) + k[None, :], values.to(dtype), mask=there[:, None])
+    place = n[:, None].to(tl.int64) * (chunks * CHUNK * 32) + k[None, :]  # a head may have 2^31 weights
+    tl.store(dense + place, values.to(dtype), mask=there[:, None])
