@@ -78,7 +78,7 @@ def turn(programs: Any, bits: int, rows: int, config: Any, generation: int, chun
 def _loop(code: str) -> list[str]:
     """The instructions of the longest loop with a product in it, without what they are about."""
     lines = [(int(at, 16), text) for at, text in re.findall(r"/\*([0-9a-f]{4,})\*/\s+(\S.*?);", code)]
-    loops: list[list[str]] = [[]]
+    loops: list[list[str]] = []
     for at, text in lines:
         back = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if back and int(back[1], 16) < at:

@@ -222,9 +222,7 @@ def test_where_memory_runs_out_in_one_process_all_go_on_with_less(who, where, mo
     assert all(abs(one.error_db - other.error_db) < 0.3 for one, other in zip(mine, theirs))
     logits = [tiny.logits(wr.load(out, kernel="reference")) for out in (tmp_path / "out", whole)]
     assert (logits[0] - logits[1]).norm() < 0.1 * logits[1].norm()
-    stored = {n: w.dequantize() for n, w in tiny.stored_weights(tmp_path / "out").items()}
-    about = {layer.name: layer.error_db for layer in mine}
-    assert stored.keys() == about.keys()
+    assert tiny.stored_weights(tmp_path / "out").keys() == {layer.name for layer in mine}
 
 
 @pytest.mark.parametrize("who", [0, 1])

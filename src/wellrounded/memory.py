@@ -50,9 +50,9 @@ def give_back() -> None:
 def keep_few_products() -> None:
     """Let torch and oneDNN remember fewer products of matrices than 1024, each with its number of rows.
 
-    What they remember of one in bfloat16 takes 0.6 MB, and every expert reads another number of tokens. It makes no
-    difference to time or to any result. They look at this once, before their first such product, in each thread; who
-    has set it otherwise is heeded.
+    What they remember of one in bfloat16 takes 0.7 MB, and every expert reads another number of tokens. No result
+    depends on it, nor did time where it was measured (dev/LOG.md). They look at this once, before their first such
+    product, in each thread; who has set it otherwise is heeded.
     """
     for name in ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"):  # descriptions of products, and their code
         os.environ.setdefault(name, "64")

@@ -217,9 +217,7 @@ class Run:
 
     def _write_block(self, name: str, solved: Iterable[Solved], writer: Store) -> None:
         tensors: dict[str, torch.Tensor] = {}
-        results: dict[
-            str, tuple[LayerResult, float]
-        ] = {}  # by layer: of one that is solved again, the later one counts
+        results: dict[str, tuple[LayerResult, float]] = {}  # of a layer that is solved again, the later one counts
         for quantized, result in solved:
             self._share(result.name, quantized)
             tensors |= self.ledger.packed(result.name, quantized, self.version)

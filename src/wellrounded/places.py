@@ -13,6 +13,7 @@ from typing import Any
 
 from .errors import CheckpointError
 
+JOURNAL = "journal.jsonl"  # beside the parts, in `partial_of`
 NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS, errno.EXDEV, errno.EMLINK,
             errno.EINVAL}  # fmt: skip
 
@@ -20,7 +21,7 @@ NO_LINKS = {errno.EPERM, errno.EACCES, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EN
 def unfinished(out: Path) -> dict[str, Any]:
     """The request of a run that was to write `out` and has been stopped; {} if there is none."""
     try:
-        first = (partial_of(out) / "journal.jsonl").read_bytes().partition(b"\n")[0]
+        first = (partial_of(out) / JOURNAL).read_bytes().partition(b"\n")[0]
         return dict(json.loads(first)["request"])
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -45,7 +46,7 @@ def is_placed(out: Path) -> bool:
     """Whether a run was stopped after it had put its result at `out`, before it had tidied up."""
     home = partial_of(out)
     try:
-        lines = (home / "journal.jsonl").read_bytes().splitlines()
+        lines = (home / JOURNAL).read_bytes().splitlines()
     except OSError:
         return False
     return b'{"finishing": true}' in lines and not (home / "ready").exists() and out.exists()

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 
-from .places import partial_of
+from .places import JOURNAL, partial_of
 
 
 class Store(Protocol):
@@ -104,6 +104,6 @@ class Follower:
         """Nothing is left on a machine where the first process does not write."""
         home = self.scratch.parent
         with suppress(OSError):  # they are not there, or not empty
-            if not (home / "journal.jsonl").exists():  # else it is the first one's, who clears it away
+            if not (home / JOURNAL).exists():  # else it is the first one's, who clears it away
                 self.scratch.rmdir()
                 home.rmdir()

@@ -20,7 +20,7 @@ import torch
 from . import tensorfile as files
 from .errors import CheckpointError, UsageError
 from .journal import Journal, difference
-from .places import is_placed, link, nearest, partial_of, writing
+from .places import JOURNAL, is_placed, link, nearest, partial_of, writing
 from .tensorfile import TensorFile
 
 SHARD_BYTES = 4 * 2**30
@@ -59,7 +59,7 @@ class Writer:
         self._amendment: TensorFile | None = None
         self._finishing = False
         self.check(self.out, self.force)
-        journal = self.partial / "journal.jsonl"
+        journal = self.partial / JOURNAL
         if self.partial.is_dir() and not journal.exists() and any(self.partial.iterdir()):
             raise self._in_the_way()
         with writing(self.partial):

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, UsageError
 from ..formats.config import from_config
 from ..kernels import reference
 from ..model.weights import materialize
+from ..places import JOURNAL, partial_of
 from ..request import NONE, Request
 from . import attention
 from .compiling import compile_steps
@@ -172,12 +173,12 @@ def resolve(name: str) -> Path:
     """The directory of a model: the one of this name, or the hub's snapshot. Raises UsageError if there is neither."""
     path = Path(name).expanduser()
     directory = path if path.is_dir() else None
-    unfinished = path.with_name(path.name + ".partial")
+    unfinished = partial_of(path)
     if unfinished.is_dir() and directory is None:
         raise CheckpointError(
             f"{name}: unfinished, its finished blocks lie in {unfinished.name}; run the same "
             "quantize command again to go on"
         )
-    if path.name.endswith(".partial") and (path / "journal.jsonl").exists():
+    if path.name.endswith(".partial") and (path / JOURNAL).exists():
         raise UsageError(f"{name}: an unfinished run, not a model; run the same quantize command again to go on")
     return directory or download(name)
